@@ -1,0 +1,15 @@
+"""Input-gradient regularisation for PyTorch: adversarial robustness from clean images, in any training loop."""
+
+from gradreg.attacks import FGSM, Attack, NFGSM, PGDAttack, pgd
+from gradreg.checks import GradregWarning
+from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
+from gradreg.edges import contour_energy, oriented_energy
+from gradreg.gradients import input_gradient, input_gradient_of
+from gradreg.normalization import Normalize, with_normalization
+from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
+from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, edge_alignment, grad_norm
+from gradreg.schedules import Schedule, constant, cosine_ramp, join, linear_ramp
+from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
+from gradreg.threat_models import L1, L2, Linf, ThreatModel
+
+__version__ = "0.1.0.dev0"

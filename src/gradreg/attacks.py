@@ -1,0 +1,490 @@
+r"""Attacks: the search for a perturbation of a threat model that raises a function most.
+
+:func:`pgd` knows no model. It ascends ``losses_at(z, rows)``, the losses of the samples ``rows`` of the batch at the
+inputs z; labels, targets, margins and logits are that function's business. :class:`PGDAttack`, :class:`FGSM` and
+:class:`NFGSM` are frozen configurations that build the function from a model and labels:
+``attack(model, x, y) -> x_adv``.
+"""
+
+import hashlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradreg import checks, modes
+from gradreg.gradients import check_scores, in_transform
+from gradreg.threat_models import Box, Eps, Linf, ThreatModel, rows_of
+
+LossesAt = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+Bounds = tuple[float | Tensor, float | Tensor]
+OutOfBounds = Literal["check", "clamp"]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def pgd(
+    losses_at: LossesAt,
+    x: Float[Tensor, "B *x"],
+    threat: ThreatModel,
+    *,
+    steps: int = 10,
+    step_size: Eps | None = None,
+    random_start: bool = True,
+    start: Float[Tensor, "B *x"] | None = None,
+    restarts: int = 1,
+    best: bool = True,
+    bounds: Bounds | None = (0.0, 1.0),
+    out_of_bounds: OutOfBounds = "check",
+    seed: int | None = None,
+    index: Int[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B *x"]:
+    r"""Projected gradient ascent inside a threat model.
+
+    .. math:: \delta \leftarrow \Pi\bigl(\delta + \alpha\, \mathrm{argmax}_{\|v\| \le 1} \langle g, v \rangle\bigr),
+              \qquad g = \nabla_\delta\, \ell(x + \delta)
+
+    for every sample on its own, with :math:`\Pi` the projection onto ball and bounds (Madry et al., "Towards Deep
+    Learning Models Resistant to Adversarial Attacks", ICLR 2018). No parameter's ``.grad`` is touched; it works with
+    grad disabled; the perturbation is kept in the type of x whatever autocast does.
+
+    Args:
+        losses_at: ``losses_at(z, rows)`` returns the losses ``(n,)`` to ascend, of the samples with indices ``rows``
+            ``(n,)`` of the batch at the inputs z ``(n, ...)``. It may return a pair ``(losses, done)``: samples whose
+            boolean ``done`` is true keep the point they are at and leave the search.
+        x: Clean inputs in float32 or float64.
+        threat: The perturbations allowed, in the units of x.
+        steps: Gradient steps of each restart.
+        step_size: Length of a step, in the units of eps, per sample or channel like eps. Default:
+            ``2.5 * eps / steps``.
+        random_start: Start at uniform noise in the ball instead of at x.
+        start: Perturbations to start at, in the place of the first random start: those of an earlier attack, say.
+        restarts: How many starts. More than one needs ``best`` and ``random_start``.
+        best: Return every sample's point with the highest loss among all that were visited. That costs one forward
+            pass, for the last point. Without it the last point is returned, as adversarial training has it.
+        bounds: Lowest and highest value of an input, numbers or tensors that broadcast against x; None for no bounds.
+        out_of_bounds: What to do about an x outside of its bounds: ``"check"`` raises; ``"clamp"`` returns the
+            perturbed input clamped to the bounds (augmentation such as random erasing leaves [0, 1]).
+        seed: Makes noise a function of seed, sample and restart alone, independent of batch size, order, device or
+            rank. None draws from PyTorch's default generator.
+        index: With a seed, the position of each sample in its data set. Default: its position in the batch.
+
+    Returns:
+        The perturbed inputs, detached, in the shape and type of x.
+
+    Raises:
+        ValueError: If an argument is out of its range, x is not finite or outside of its bounds, or losses have a wrong
+            shape.
+        TypeError: If x is in half precision, where pixels are further apart than the steps of an attack.
+
+    Example:
+        A linear loss rises most in a corner of the ball:
+
+        >>> from gradreg import Linf
+        >>> slope = torch.tensor([[1.0, -2.0]])
+        >>> pgd(lambda z, rows: (z * slope).sum(1), torch.full((1, 2), 0.5), Linf(0.1), steps=5)
+        tensor([[0.6000, 0.4000]])
+    """
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"pgd: steps and restarts must be at least 1, got {steps} and {restarts}.")
+    if restarts > 1 and not (best and random_start):
+        raise ValueError(
+            "pgd: several restarts need best=True, to choose among them, and random_start=True, to differ."
+        )
+    _check_input(x, threat, bounds, out_of_bounds)
+    with torch.inference_mode(False), torch.enable_grad():
+        search = _Search(losses_at, x, threat, bounds, best)
+        step_size = threat.eps * (2.5 / steps) if step_size is None else step_size
+        for restart in range(restarts):
+            if restart == 0 and start is not None:
+                delta = start.detach()
+            elif random_start:
+                delta = _noise(search.x, threat, seed, index, restart, search.active)
+            else:
+                delta = torch.zeros_like(search.x)
+            search.run(delta, steps, step_size)
+            if not search.active.numel():
+                break
+        return search.result()
+
+
+class _Search:
+    """The state of one attack on one batch: who is still in play, and every sample's perturbation to return."""
+
+    def __init__(self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, best: bool) -> None:
+        # Tensors made under inference_mode cannot be saved for a backward pass; copies made outside of it can.
+        self.x = x.clone() if x.is_inference() else x.detach()
+        self.losses_at = losses_at
+        self.threat = threat
+        self.bounds = None if bounds is None else _bounds_like(self.x, bounds)
+        self.best = best
+        self.active = torch.arange(x.shape[0], device=x.device)
+        self.delta = torch.zeros_like(self.x)
+        self.highest = self.x.new_full(x.shape[:1], -torch.inf)
+
+    def run(self, start: Tensor, steps: int, step_size: Eps) -> None:
+        """One start: ascend from the active samples' rows of ``start``, which has one for each sample of the batch."""
+        box = self._box()
+        threat, stride = self.threat.rows(self.active, self.x), self._stride(step_size)
+        delta = threat.project(start[self.active], box)
+        for _ in range(steps):
+            losses, done, grad = self._ascent_direction(delta)
+            self._record(losses, done, delta)
+            if done is not None and bool(done.any()):
+                delta, grad = delta[~done], grad[~done]
+                self.active = self.active[~done]
+                box = self._box()
+                threat, stride = self.threat.rows(self.active, self.x), self._stride(step_size)
+            if not self.active.numel():
+                return
+            delta = threat.project(delta + stride.ascent(grad, delta, box), box)
+        if not self.best:
+            self.delta[self.active] = delta
+            return
+        with torch.no_grad():
+            losses, done = self._losses(delta)
+        self._record(losses, done, delta)
+        if done is not None:
+            self.active = self.active[~done]
+
+    def result(self) -> Tensor:
+        """The perturbed batch."""
+        if self.best and bool(torch.isneginf(self.highest).any()):
+            raise RuntimeError(
+                f"pgd: the losses of {int(torch.isneginf(self.highest).sum())} samples were NaN at every point, so "
+                "there was nothing to ascend. Look at the model's logits on clean inputs."
+            )
+        return self._inside(self.x + self.delta, slice(None))
+
+    def _ascent_direction(self, delta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Losses at the perturbations, who is done, and the gradient."""
+        leaf = delta.detach().requires_grad_()
+        losses, done = self._losses(leaf)
+        if not losses.requires_grad:
+            raise RuntimeError(
+                "pgd: the losses do not depend on the input. The model detaches it, or runs its forward under "
+                "torch.no_grad()."
+            )
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), done, grad
+
+    def _losses(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        z = self._inside(self.x[self.active] + delta, self.active)
+        found = self.losses_at(z, self.active)
+        losses, done = found if isinstance(found, tuple) else (found, None)
+        check_scores(losses, z)
+        return losses, done
+
+    def _record(self, losses: Tensor, done: Tensor | None, delta: Tensor) -> None:
+        """Keep the points that beat all before; one that is done beats any."""
+        if not self.best and done is None:
+            return
+        losses = losses.to(self.highest.dtype)
+        better = losses > self.highest[self.active] if self.best else torch.zeros_like(losses, dtype=torch.bool)
+        if done is not None:
+            better = better | done
+        rows = self.active[better]
+        self.delta[rows] = delta[better]
+        self.highest[rows] = losses[better]
+
+    def _stride(self, step_size: Eps) -> ThreatModel:
+        """The ball whose maximiser is a step, for the active samples."""
+        return self.threat.with_eps(rows_of(step_size, self.active, self.x))
+
+    def _box(self) -> Box | None:
+        """How far the active samples may move within the bounds; a pixel outside of them, not further out."""
+        if self.bounds is None:
+            return None
+        x = self.x[self.active]
+        low, high = (rows_of(side, self.active, self.x) for side in self.bounds)
+        return (low - x).clamp(max=0.0), (high - x).clamp(min=0.0)
+
+    def _inside(self, z: Tensor, rows: Tensor | slice) -> Tensor:
+        """The inputs, clamped to the bounds: rounding, or an x outside of them, may have left them."""
+        if self.bounds is None:
+            return z
+        low, high = (side if isinstance(rows, slice) else rows_of(side, rows, self.x) for side in self.bounds)
+        return z.clamp(low, high)
+
+
+def _noise(
+    x: Tensor, threat: ThreatModel, seed: int | None, index: Tensor | None, restart: int, rows: Tensor
+) -> Tensor:
+    """Uniform noise in the ball for some samples of the batch, 0 for the others."""
+    noise = torch.zeros_like(x)
+    if seed is None:
+        noise[rows] = threat.rows(rows, x).sample_like(x[rows])
+        return noise
+    positions = torch.arange(x.shape[0]) if index is None else index
+    for row, position in zip(rows.tolist(), positions[rows.to(positions.device)].tolist(), strict=True):
+        key = hashlib.blake2b(f"{seed}/{position}/{restart}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+        # Drawn on the CPU one by one: the same numbers on every device and in every batch.
+        noise[row] = threat.rows([row], x).sample_like(x[row : row + 1].cpu(), generator)[0]
+    return noise
+
+
+def _bounds_like(x: Tensor, bounds: Bounds) -> Box:
+    low, high = bounds
+    return torch.as_tensor(low).to(x), torch.as_tensor(high).to(x)
+
+
+def _check_input(x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_bounds: OutOfBounds) -> None:
+    """Raise unless x can be attacked within its bounds."""
+    if in_transform():
+        raise RuntimeError(
+            "An attack runs autograd by itself and cannot run inside a torch.func transform or a compiled region: "
+            "attack first, then call the transformed function on x_adv."
+        )
+    checks.check_input(x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"x is in {x.dtype}, where neighbouring pixel values near 1 are up to 1/256 apart, about an attack's "
+            "step. Keep x in float32 and run the model under torch.autocast, or cast inside the model."
+        )
+    checks.check_finite(x)
+    if out_of_bounds not in ("check", "clamp"):
+        raise ValueError(f'out_of_bounds is "check" or "clamp", got {out_of_bounds!r}.')
+    if bounds is None:
+        return
+    low, high = _bounds_like(x, bounds)
+    if not bool((low < high).all()):
+        raise ValueError(f"bounds are (lowest, highest) with lowest < highest, got {bounds}.")
+    if isinstance(threat, Linf):
+        checks.check_radius(threat.eps, high - low)
+    if out_of_bounds == "check":
+        checks.check_bounds(x, low, high)
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+@dataclass(frozen=True, eq=False)
+class Attack(ABC):
+    """A configuration that turns a batch into a perturbed batch: ``attack(model, x, y) -> x_adv``.
+
+    It stores no model and has no state. No parameter's ``.grad``, no running statistic and no module's mode is changed.
+
+    Attributes:
+        threat: The perturbations allowed, in the units of x.
+        criterion: Per-sample loss ``(logits, y) -> (B,)`` to raise. Labels may be classes or probabilities wherever it
+            takes them. Default: cross-entropy.
+        targeted: Whether y are classes to reach: the loss is then lowered.
+        bounds: Lowest and highest value of an input; None for no bounds.
+        out_of_bounds: ``"check"`` or ``"clamp"``, see :func:`pgd`.
+        mode: ``"keep"`` attacks the model in the mode it is in, with a warning if that is BatchNorm or dropout in
+            training mode, which make the gradients of a batch depend on each other or on chance. ``"eval"`` attacks it
+            in evaluation mode and then gives every module its own mode back.
+        seed: See :func:`pgd`.
+    """
+
+    threat: ThreatModel
+    criterion: Criterion = field(default=_cross_entropy, kw_only=True)
+    targeted: bool = field(default=False, kw_only=True)
+    bounds: Bounds | None = field(default=(0.0, 1.0), kw_only=True)
+    out_of_bounds: OutOfBounds = field(default="check", kw_only=True)
+    mode: Literal["keep", "eval"] = field(default="keep", kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, ThreatModel):
+            raise TypeError(
+                f"{type(self).__name__}: expected a threat model such as Linf(8 / 255), got "
+                f"{type(self.threat).__name__}. The model is given when the attack is called: attack(model, x, y)."
+            )
+        if self.mode not in ("keep", "eval"):
+            raise ValueError(f'{type(self).__name__}: mode is "keep" or "eval", got {self.mode!r}.')
+
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, index: Tensor | None = None
+    ) -> Tensor:
+        """Perturb a batch.
+
+        Args:
+            model: Any function from x to logits.
+            x: Clean inputs ``(B, ...)``, float32 or float64.
+            y: Labels as the criterion takes them; the classes to reach if targeted.
+            index: With a seed, the position of each sample in its data set.
+
+        Returns:
+            The perturbed inputs, detached.
+        """
+        with (
+            self._mode(model),
+            modes.frozen_statistics(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            return self._perturb(self._losses_at(model, y.clone() if y.is_inference() else y), x, index)
+
+    @abstractmethod
+    def _perturb(self, losses_at: LossesAt, x: Tensor, index: Tensor | None) -> Tensor:
+        """The search itself."""
+
+    def _losses_at(self, model: Callable[[Tensor], Tensor], y: Tensor) -> LossesAt:
+        """The function to ascend."""
+        first = True
+
+        def losses_at(z: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            nonlocal first
+            logits, labels = model(z), y[rows]
+            checks.check_logits(logits)
+            checks.check_labels(logits, labels, look=first)
+            first = False
+            losses = self.criterion(logits, labels)
+            done = self._done(logits.detach(), labels)
+            losses = -losses if self.targeted else losses
+            return losses if done is None else (losses, done)
+
+        return losses_at
+
+    def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
+        """Which samples need no further search; None for an attack that searches to its end."""
+        return None
+
+    def _mode(self, model: object) -> AbstractContextManager[None]:
+        if self.mode == "eval":
+            return modes.evaluating(model)
+        for modules, effect in (
+            (modes.batch_norms(model), "the gradient of a sample depends on the other samples of its batch"),
+            (modes.dropouts(model), "every step sees another model"),
+        ):
+            if modules:
+                warnings.warn(
+                    f"{type(self).__name__}: {type(modules[0]).__name__} is in training mode, so that {effect}. "
+                    "Attack in "
+                    'evaluation mode with mode="eval", or call model.eval() first.',
+                    checks.GradregWarning,
+                    stacklevel=3,
+                )
+        return nullcontext()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PGDAttack(Attack):
+    """Projected gradient descent (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018).
+
+    The default is an attack for evaluation. Adversarial training as in the thesis is
+    ``PGDAttack(Linf(4 / 255), steps=3, step_size=8 / 255 / 3, best=False)``.
+
+    Attributes:
+        steps: Gradient steps of each restart.
+        step_size: Length of a step in the units of eps. Default: ``2.5 * eps / steps``.
+        random_start: Start at uniform noise in the ball instead of at x.
+        restarts: How many starts.
+        best: Return the point with the highest loss of all visited, for one more forward pass, instead of the last
+            point.
+        early_stop: Let samples leave the search as soon as they are misclassified (targeted: classified as the target).
+            Labels must then be classes, or probabilities whose largest counts.
+
+    Example:
+        >>> from gradreg import Linf
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+        >>> x_adv = PGDAttack(Linf(8 / 255), steps=10)(model, x, y)
+        >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+        True
+    """
+
+    steps: int = field(default=10, kw_only=True)
+    step_size: Eps | None = field(default=None, kw_only=True)
+    random_start: bool = field(default=True, kw_only=True)
+    restarts: int = field(default=1, kw_only=True)
+    best: bool = field(default=True, kw_only=True)
+    early_stop: bool = field(default=False, kw_only=True)
+
+    def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
+        if not self.early_stop:
+            return None
+        reached = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
+        return reached if self.targeted else ~reached
+
+    def _perturb(self, losses_at: LossesAt, x: Tensor, index: Tensor | None) -> Tensor:
+        return pgd(
+            losses_at,
+            x,
+            self.threat,
+            steps=self.steps,
+            step_size=self.step_size,
+            random_start=self.random_start,
+            restarts=self.restarts,
+            best=self.best,
+            bounds=self.bounds,
+            out_of_bounds=self.out_of_bounds,
+            seed=self.seed,
+            index=index,
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FGSM(Attack):
+    """The fast gradient sign method, one full step from x to the boundary of the ball.
+
+    Goodfellow, Shlens & Szegedy, "Explaining and Harnessing Adversarial Examples", ICLR 2015; for other norms than Linf
+    the step goes along their maximiser.
+
+    Example:
+        >>> from gradreg import Linf
+        >>> model = torch.nn.Linear(2, 2)
+        >>> x = torch.full((1, 2), 0.5)
+        >>> (FGSM(Linf(0.1))(model, x, torch.tensor([0])) - x).abs()
+        tensor([[0.1000, 0.1000]])
+    """
+
+    def _perturb(self, losses_at: LossesAt, x: Tensor, index: Tensor | None) -> Tensor:
+        return pgd(
+            losses_at,
+            x,
+            self.threat,
+            steps=1,
+            step_size=self.threat.eps,
+            random_start=False,
+            best=False,
+            bounds=self.bounds,
+            out_of_bounds=self.out_of_bounds,
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NFGSM(Attack):
+    """Noise, then one full step that is *not* projected back onto the ball.
+
+    Single-step adversarial training without the collapse of FGSM: de Jorge et al., "Make Some Noise: Reliable and
+    Efficient Single-Step Adversarial Training", NeurIPS 2022. The perturbation reaches up to ``1 + noise`` times eps:
+    it is for training, not for evaluation.
+
+    Attributes:
+        noise: Size of the uniform noise in units of the ball; the paper's value is 2.
+
+    Example:
+        >>> from gradreg import Linf
+        >>> model = torch.nn.Linear(2, 2)
+        >>> x = torch.full((1, 2), 0.5)
+        >>> moved = (NFGSM(Linf(0.1))(model, x, torch.tensor([0])) - x).abs()
+        >>> bool((moved <= 0.3 + 1e-6).all())
+        True
+    """
+
+    noise: float = field(default=2.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise >= 0:
+            raise ValueError(f"NFGSM: noise is a multiple of eps and must be at least 0, got {self.noise}.")
+
+    def _perturb(self, losses_at: LossesAt, x: Tensor, index: Tensor | None) -> Tensor:
+        _check_input(x, self.threat, self.bounds, self.out_of_bounds)
+        search = _Search(losses_at, x, self.threat.scaled(1 + self.noise), self.bounds, best=False)
+        noise = _noise(search.x, self.threat.scaled(self.noise), self.seed, index, 0, search.active)
+        search.run(noise, 1, self.threat.eps)
+        return search.result()

@@ -1,0 +1,135 @@
+"""Checks of what a user hands over: each message says what was expected, what was found, and what to do.
+
+Shapes, types and flags are checked at every call. Values (labels, NaN, range) are looked at whenever that costs no
+synchronisation: at every call on the CPU; elsewhere at an owner's first call, and always if asked to. Inside
+``torch.func`` transforms and compiled regions there are no values to look at.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+
+class GradregWarning(UserWarning):
+    """Something that trains or attacks without an error, but hardly as intended."""
+
+
+_has_looked: "weakref.WeakSet[object]" = weakref.WeakSet()
+
+
+def may_look(owner: object, x: Tensor, validate: bool) -> bool:
+    """Whether owner looks at values in this call.
+
+    Args:
+        owner: The objective or attack that is called.
+        x: Its input.
+        validate: Whether its user asked for checks at every call on every device.
+    """
+    if x.device.type == "cpu" or validate:
+        return True
+    first = owner not in _has_looked
+    _has_looked.add(owner)
+    return first
+
+
+def check_input(x: Tensor) -> None:
+    """Raise unless x is a batch that a gradient can be taken in."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x is of type {x.dtype}; a gradient needs real numbers. For 8-bit images pass x.float() / 255, pixels in "
+            "[0, 1]."
+        )
+    if x.ndim < 2 or x.shape[0] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected a batch of at least one sample, (B, ...).")
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise if x holds NaN or infinity."""
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"x holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite. Their gradient is NaN, and "
+            "its sign 0, so that an attack would do nothing. Look at the data loading."
+        )
+
+
+def check_logits(logits: object) -> None:
+    """Raise unless the model returned one tensor."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The model returned {type(logits).__name__}; expected one tensor of logits. Wrap it, for example "
+            "lambda x: model(x).logits or lambda x: model(x)[0]."
+        )
+
+
+def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
+    """Raise unless y are classes or class probabilities that fit logits of shape (B, K).
+
+    Logits of any other shape belong to a task whose labels are not known here; they pass.
+
+    Args:
+        logits: The model's output.
+        y: Classes of shape (B,), or probabilities of shape (B, K).
+        look: Whether the labels' values may be looked at.
+    """
+    if logits.ndim != 2:
+        return
+    count, classes = logits.shape
+    found = f"got {y.dtype} of shape {tuple(y.shape)}"
+    if y.shape == (count, 1) and classes != 1:
+        raise ValueError(f"Expected labels of shape ({count},), {found}: use y.squeeze(1).")
+    if y.shape not in ((count,), (count, classes)):
+        raise ValueError(
+            f"Expected classes of shape ({count},) or probabilities of shape ({count}, {classes}) for logits of shape "
+            f"{tuple(logits.shape)}, {found}."
+        )
+    if y.ndim == 1 and y.dtype != torch.int64 and classes != 1:
+        raise TypeError(f"Expected classes as torch.int64, {found}: use y.long().")
+    if y.ndim == 2 and not y.is_floating_point():
+        raise TypeError(
+            f"Expected class probabilities as real numbers, {found}: use y.to(logits.dtype), or y.argmax(1)."
+        )
+    if look and y.ndim == 1 and y.dtype == torch.int64:
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"Labels run from {low} to {high}, but the model has {classes} classes, 0 to {classes - 1}. A sample "
+                "to be ignored (label -100) has no gradient and cannot be penalised or attacked: leave it out of the "
+                "batch."
+            )
+
+
+def check_radius(eps: float | Tensor, span: float | Tensor) -> None:
+    """Raise if a radius per pixel reaches over the whole range of a pixel: it is in another unit."""
+    if bool((torch.as_tensor(eps) >= torch.as_tensor(span)).any()):
+        raise ValueError(
+            f"eps={_brief(eps)} reaches over the whole pixel range of {_brief(span)}: it is in another unit than x. "
+            "For pixels in [0, 1] write Linf(4 / 255), not Linf(4); for images that a loader normalised, Linf(4 / 255 "
+            "/ std)."
+        )
+
+
+def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
+    """Raise unless x lies within the bounds of a pixel."""
+    slack = 1e-6 * (high - low)
+    if not bool(((x >= low - slack) & (x <= high + slack)).all()):
+        raise ValueError(
+            f"x lies in [{float(x.min()):.3g}, {float(x.max()):.3g}], outside the bounds [{float(low.min()):.3g}, "
+            f"{float(high.max()):.3g}]. If a loader normalises it, let the model do so instead (with_normalization), "
+            "or give eps / std and the normalised bounds. If augmentation leaves the range (random erasing), say "
+            'out_of_bounds="clamp".'
+        )
+
+
+def check_not_normalized_twice(x: Tensor) -> None:
+    """Raise if x cannot be pixels of [0, 1], though a model that normalises by itself takes just those."""
+    low, high = float(x.min()), float(x.max())
+    if low < -1 or high > 2:
+        raise ValueError(
+            f"The model normalises its input (gradreg.Normalize), but x lies in [{low:.3g}, {high:.3g}]: it looks "
+            "normalised already, or in units of 0 to 255. Pass pixels in [0, 1]."
+        )
+
+
+def _brief(value: float | Tensor) -> str:
+    return f"{float(value.max()) if isinstance(value, Tensor) else value:.4g}"

@@ -1,0 +1,94 @@
+"""What a model's forward pass depends on beside its input: training flags, running statistics, random numbers.
+
+Each context manager here changes one of them for a while and restores exactly what it found, also after an exception.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+RandomState = tuple[Tensor, Tensor | None]
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module has its *own* flag back.
+
+    ``model.train()`` afterwards would not do: it would also set modules training that the user had frozen with
+    ``eval()``.
+
+    Args:
+        model: A module. Anything else (a function) has no mode and is left alone.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    flags = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
+@contextmanager
+def frozen_statistics(model: object) -> Iterator[None]:
+    """Batch statistics are used as before, but no running statistic is updated: for forward passes that are no step.
+
+    Args:
+        model: A module. Anything else (a function) is left alone.
+    """
+    updating = [module for module in batch_norms(model) if module.track_running_stats]
+    try:
+        for module in updating:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in updating:
+            module.track_running_stats = True
+
+
+def batch_norms(model: object) -> list[_NormBase]:
+    """The normalisation layers that use the statistics of the batch at hand, because they are in training mode."""
+    if not isinstance(model, nn.Module):
+        return []
+    return [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+
+
+def dropouts(model: object) -> list[nn.Module]:
+    """The layers that drop something at random: dropout in training mode, and stochastic depth by its usual names."""
+    if not isinstance(model, nn.Module):
+        return []
+    named = {"DropPath", "StochasticDepth", "DropBlock2d"}
+    return [
+        module
+        for module in model.modules()
+        if module.training and (isinstance(module, _DropoutNd) or type(module).__name__ in named)
+    ]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The state of the generators that a forward pass on this device draws from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def replayed(state: RandomState, device: torch.device) -> Iterator[None]:
+    """Draw inside the block the random numbers that were drawn after ``state`` was taken; then go on as if not."""
+    now = random_state(device)
+    try:
+        _set_random_state(state, device)
+        yield
+    finally:
+        _set_random_state(now, device)
+
+
+def _set_random_state(state: RandomState, device: torch.device) -> None:
+    on_cpu, on_gpu = state
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, device)

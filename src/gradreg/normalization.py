@@ -1,0 +1,74 @@
+"""Normalisation as the first layer of the model, so that everything outside of it lives in pixels of [0, 1]."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@final
+class Normalize(nn.Module):
+    """Per-channel normalisation of images, ``(x - mean) / std``.
+
+    Mean and standard deviation move with the module but are no part of its ``state_dict``.
+
+    Args:
+        mean: One number per channel, in pixels of [0, 1].
+        std: One number per channel, above 0, in pixels of [0, 1].
+
+    Shape:
+        ``(B, C, H, W)`` to the same, with as many channels as there are means (or any number, for a single mean).
+
+    Raises:
+        ValueError: If mean and std differ in length, or a std is not above 0.
+
+    Example:
+        >>> Normalize(mean=[0.5], std=[0.25])(torch.ones(1, 1, 2, 2)).unique()
+        tensor([2.])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"Normalize: mean has {len(mean)} channels, std has {len(std)}.")
+        if not min(std) > 0:
+            raise ValueError(f"Normalize: every std must be above 0, got {list(std)}.")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """The normalised images."""
+        return (x - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        """Mean and std, for ``repr``."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def with_normalization(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
+    """The model, taking pixels in [0, 1] and normalising them itself.
+
+    eps, bounds, noise and pictures then share one unit, whatever the model was trained on. The loader must not
+    normalise too; where it cannot be changed, keep the model as it is and give ``eps / std`` and the normalised bounds
+    instead.
+
+    Args:
+        model: A model of normalised images. It is wrapped, not copied; its parameters are named ``model.*``.
+        mean: One number per channel.
+        std: One number per channel.
+
+    Returns:
+        ``nn.Sequential`` with the layers ``normalize`` and ``model``.
+
+    Example:
+        >>> net = with_normalization(nn.Flatten(), mean=[0.5], std=[0.5])
+        >>> net(torch.zeros(1, 1, 1, 2))
+        tensor([[-1., -1.]])
+    """
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))

@@ -1,0 +1,323 @@
+"""The training objective: the loss that the user already has, plus penalties on input gradients."""
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradreg import checks
+from gradreg.differentiation import Differentiation, DoubleBackward, PenaltyFunction
+from gradreg.gradients import check_scores, in_transform
+from gradreg.normalization import Normalize
+from gradreg.schedules import Schedule
+from gradreg.scoring import Criterion, EagerForward, Forward, Model, TransformedForward
+from gradreg.selectors import ClassSelector
+from gradreg.smooth import find_nonsmooth
+from gradreg.threat_models import Linf
+
+
+@final
+@dataclass(frozen=True)
+class Term:
+    """One penalty of an objective.
+
+    Attributes:
+        penalty: A :class:`gradreg.penalties.Penalty`, or any function of ``(grad, x)`` that returns one number per
+            sample.
+        weight: Factor of the penalty's batch mean in the total, at least 0: a number, or a schedule of the step ``t``.
+            At steps where it is 0 the term costs nothing.
+        of: What is differentiated with respect to the input: the loss (default), or the logit of the class that a
+            selector chooses.
+
+    Example:
+        >>> from gradreg import EdgeAlignmentPenalty, linear_ramp, sampled_class
+        >>> Term(EdgeAlignmentPenalty(), weight=linear_ramp(0.5, duration=100), of=sampled_class(0.5)).weight_at(50)
+        0.25
+    """
+
+    penalty: PenaltyFunction
+    weight: float | Schedule = 1.0
+    of: ClassSelector | None = None
+
+    def __post_init__(self) -> None:
+        if self.of is not None and not isinstance(self.of, ClassSelector):
+            raise TypeError(
+                f"Term: `of` is None for the loss, or a class selector such as sampled_class(0.5); got {self.of!r}."
+            )
+        if not callable(self.weight):
+            _checked_weight(self.weight, "Term")
+
+    def weight_at(self, t: float | None) -> float:
+        """The weight at step t."""
+        return _weight_at(self.weight, t, "Term")
+
+
+class PenalizedOutput(NamedTuple):
+    """What an objective returns.
+
+    Attributes:
+        total: What to call ``backward()`` on: ``loss_weight * loss + sum of weight * mean penalty``.
+        loss: The batch mean of the user's own loss.
+        logits: The model's output.
+        penalties: Each penalty that had a weight at this step, per sample ``(B,)`` and unweighted, by the name of its
+            term.
+    """
+
+    total: Float[Tensor, ""]
+    loss: Float[Tensor, ""]
+    logits: Tensor
+    penalties: dict[str, Tensor]
+
+
+@final
+class PenalizedLoss(nn.Module):
+    r"""A loss with penalties on input gradients: ``objective(model, x, y).total`` for ``criterion(model(x), y)``.
+
+    .. math:: L = \lambda_0 \frac1B \sum_b \ell_b + \sum_k \lambda_k(t) \frac1B \sum_b R_k(\nabla_{x_b} s_{k,b},\, x_b)
+
+    where the score :math:`s_k` is the loss :math:`\ell` or the logit of a chosen class. The model runs once; each
+    distinct score is differentiated once, whatever the number of its penalties. The thesis's objective (Rodríguez
+    Muñoz, "Adversarial robustness without perturbations", MIT 2024, equation 4.1) has one term, a
+    :class:`gradreg.GradNormPenalty` of ``Linf(4 / 255)`` with weight 1.2, and ``loss_weight=0.8``.
+
+    Works eagerly, and under ``torch.func`` transforms and whole-step ``torch.compile``, where ``model`` is a function
+    such as ``lambda x: functional_call(module, params, (x,))``. Under ``DistributedDataParallel`` wrap a
+    :class:`PenalizedModel`.
+
+    Args:
+        criterion: The loss, ``criterion(logits, y) -> (B,)``: any PyTorch loss with ``reduction="none"``. Hard labels,
+            class probabilities and mixup labels all work if they work there.
+        terms: The penalties by name.
+        loss_weight: Factor of the loss's batch mean: a number or a schedule.
+        differentiation: How the penalties' gradients reach the weights: :class:`gradreg.DoubleBackward` (exact) or
+            :class:`gradreg.FiniteDifference`.
+        inner_scale: Factor on the score while the input gradient is taken, divided out in float32. For float16, whose
+            range ends at 6e-8: a constant such as ``2**10`` keeps small gradients from flushing to 0. Any other type
+            needs none.
+        validate: Whether to look at the values of x and y at every call also where that synchronises (on a GPU).
+
+    Example:
+        >>> from gradreg import GradNormPenalty, Linf
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+        >>> objective = PenalizedLoss(
+        ...     nn.CrossEntropyLoss(reduction="none"),
+        ...     {"grad_norm": Term(GradNormPenalty(Linf(8 / 255)), weight=1.2)},
+        ...     loss_weight=0.8,
+        ... )
+        >>> out = objective(model, torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1]))
+        >>> out.total.backward()
+        >>> out.penalties["grad_norm"].shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        terms: Mapping[str, Term],
+        *,
+        loss_weight: float | Schedule = 1.0,
+        differentiation: Differentiation | None = None,
+        inner_scale: float = 1.0,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        wrong = {name: type(term).__name__ for name, term in terms.items() if not isinstance(term, Term)}
+        if wrong:
+            raise TypeError(f"PenalizedLoss: terms are Term(penalty, weight), got {wrong}.")
+        if not callable(loss_weight):
+            _checked_weight(loss_weight, "loss_weight")
+        if not inner_scale > 0:
+            raise ValueError(f"PenalizedLoss: inner_scale must be above 0, got {inner_scale}.")
+        self.criterion = criterion
+        self.terms = dict(terms)
+        self.loss_weight = loss_weight
+        self.differentiation = DoubleBackward() if differentiation is None else differentiation
+        self.inner_scale = inner_scale
+        self.validate = validate
+
+    def forward(
+        self, model: Model, x: Tensor, y: Tensor, t: float | None = None, *, classes: Tensor | None = None
+    ) -> PenalizedOutput:
+        """The objective on one batch.
+
+        Args:
+            model: Any function from x to logits. Its own training mode and parameters are used as they are.
+            x: Inputs, ``(B, ...)``. They need not require grad, and no gradient is accumulated in them.
+            y: Labels, as the criterion takes them.
+            t: The optimiser step, for the schedules.
+            classes: Classes ``(B,)`` to use in the place of every class selector's choice, where none may be drawn
+                (``torch.func.vmap``) or two models are to be compared on the same ones.
+
+        Returns:
+            Total, loss, logits and penalties, all with their graph.
+
+        Raises:
+            TypeError: If x is not real, or the model returns no tensor, or labels are of the wrong type.
+            ValueError: If the criterion does not return one loss per sample, labels or pixels are out of range, eps
+                is in another unit than x, a schedule is used without t.
+            RuntimeError: If nothing could be trained: grad is disabled, all parameters are frozen, or the model is
+                wrapped in a way that makes double backward wrong (each message names the mend).
+        """
+        loss_weight = _weight_at(self.loss_weight, t, "loss_weight")
+        weights = {name: term.weight_at(t) for name, term in self.terms.items()}
+        active = {name: self.terms[name] for name, weight in weights.items() if weight > 0}
+        checks.check_input(x)
+        forward: Forward
+        if in_transform():
+            forward = TransformedForward(model, self.criterion, x, y, self.inner_scale)
+        else:
+            look = checks.may_look(self, x, self.validate)
+            if active:
+                self._check_setup(model)
+            if look:
+                self._check_values(model, x, active)
+            forward = EagerForward(model, self.criterion, x, y, self.inner_scale, bool(active), look)
+        penalties: dict[str, Tensor] = {}
+        for selector in dict.fromkeys(term.of for term in active.values()):
+            score = forward.score(selector, classes)
+            names = [name for name, term in active.items() if term.of == selector]
+            values = self.differentiation.penalties(score, [active[name].penalty for name in names])
+            for name, value in zip(names, values, strict=True):
+                check_scores(value, x)
+                penalties[name] = value
+        total = loss_weight * forward.losses
+        for name in active:
+            total = total + weights[name] * penalties[name]
+        loss = forward.losses.mean()
+        return PenalizedOutput(total.mean(), loss, forward.logits, {name: penalties[name] for name in active})
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"terms={self.terms}, loss_weight={self.loss_weight}, differentiation={self.differentiation}"
+
+    def _check_setup(self, model: Model) -> None:
+        """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps."""
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            raise RuntimeError(
+                "PenalizedLoss: grad is disabled, and a penalty needs it. Leave torch.no_grad() or "
+                "torch.inference_mode() out, or for a validation loss call the criterion alone."
+            )
+        if not isinstance(model, nn.Module):
+            return
+        if not any(p.requires_grad for p in model.parameters()) and any(True for _ in model.parameters()):
+            raise RuntimeError(
+                "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would "
+                "be trained."
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+            raise RuntimeError(
+                "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
+                "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
+                "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
+            )
+        if isinstance(self.differentiation, DoubleBackward):
+            _check_double_backward(model)
+
+    def _check_values(self, model: Model, x: Tensor, active: Mapping[str, Term]) -> None:
+        checks.check_finite(x)
+        if isinstance(model, nn.Module) and any(isinstance(module, Normalize) for module in model.modules()):
+            checks.check_not_normalized_twice(x)
+        if bool((x >= 0).all() & (x <= 1).all()):
+            for term in active.values():
+                threat = getattr(term.penalty, "threat", None)
+                if isinstance(threat, Linf):
+                    checks.check_radius(threat.eps, 1.0)
+
+
+@final
+class PenalizedModel(nn.Module):
+    """A model and its objective as one module: ``forward(x, y, t)`` returns the :class:`PenalizedOutput`.
+
+    Wrappers that act on a module's forward pass, such as ``DistributedDataParallel``, then see one forward in which the
+    input gradient is already taken. That is right under every option of DDP; an input gradient taken outside of the
+    wrapped forward is not (``static_graph=True`` silently stops synchronising).
+
+    Args:
+        model: The model. Its parameters are named ``model.*`` here; save ``penalized.model.state_dict()``.
+        objective: What to train it with.
+
+    Example:
+        >>> from gradreg import GradNormPenalty, L2
+        >>> criterion = nn.CrossEntropyLoss(reduction="none")
+        >>> objective = PenalizedLoss(criterion, {"grad_norm": Term(GradNormPenalty(L2(0.1)))})
+        >>> penalized = PenalizedModel(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), objective)
+        >>> penalized(torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])).total.backward()
+    """
+
+    def __init__(self, model: nn.Module, objective: PenalizedLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self, x: Tensor, y: Tensor, t: float | None = None, *, classes: Tensor | None = None
+    ) -> PenalizedOutput:
+        """The objective of the model on one batch; see :meth:`PenalizedLoss.forward`."""
+        return self.objective(self.model, x, y, t, classes=classes)
+
+
+_inspected: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def _check_double_backward(model: nn.Module) -> None:
+    """Raise or warn where a wrapper or the activations of the model stand in the way of double backward."""
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__) and _reshards_after_backward(model):
+        raise RuntimeError(
+            "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
+            "again. Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every "
+            "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
+            "differentiation=FiniteDifference()."
+        )
+    if model in _inspected:
+        return
+    _inspected.add(model)
+    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+        warnings.warn(
+            "PenalizedLoss: the model is compiled, and torch.compile has no double backward outside of the compiled "
+            "region. Compile the whole step instead, use differentiation=FiniteDifference(), or see "
+            "gradreg.preflight(model, x, y).",
+            checks.GradregWarning,
+            stacklevel=4,
+        )
+    piecewise_linear = [site for site in find_nonsmooth(model) if site.reason]
+    if piecewise_linear:
+        warnings.warn(
+            f"PenalizedLoss: {len(piecewise_linear)} activations of the model are piecewise linear "
+            f"({piecewise_linear[0].name or 'the model'}: {piecewise_linear[0].kind}, ...). Their second derivative "
+            "is 0 almost everywhere, and the penalty is known to collapse; train smoothify(model) instead.",
+            checks.GradregWarning,
+            stacklevel=4,
+        )
+
+
+def _reshards_after_backward(model: nn.Module) -> bool:
+    """Whether any sharded part of the model frees its parameters after a backward pass."""
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        group = getattr(state, "_fsdp_param_group", None)
+        if getattr(group, "reshard_after_backward", False):
+            return True
+    return False
+
+
+def _weight_at(weight: float | Schedule, t: float | None, name: str) -> float:
+    """The value of a weight at step t."""
+    if not callable(weight):
+        return weight
+    if t is None:
+        raise ValueError(
+            f"{name}: the weight is a schedule of the optimiser step; call objective(model, x, y, t=step)."
+        )
+    return _checked_weight(weight(t), name)
+
+
+def _checked_weight(weight: float, name: str) -> float:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name}: a weight must be finite and at least 0, got {weight}.")
+    return weight

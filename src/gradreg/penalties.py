@@ -1,0 +1,180 @@
+"""Penalties: functions of an input gradient, one number per sample.
+
+A penalty knows the gradient and the input, and nothing else: no model, no labels, no weight. So it is also a quantity
+to measure, and any function of ``(grad, x)`` that returns one number per sample can stand in its place.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, final
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradreg.edges import oriented_energy
+from gradreg.threat_models import ThreatModel, at_least_float32, unit
+
+EnergyFunction = Callable[..., Tensor]
+Level = Literal["sample", "batch"]
+
+
+class Penalty(nn.Module, ABC):
+    """A penalty as a module without state: what :class:`gradreg.Term` takes, beside plain functions."""
+
+    @abstractmethod
+    def forward(self, grad: Float[Tensor, "B *x"], x: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        """One number per sample, differentiable with respect to grad."""
+
+
+def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel) -> Float[Tensor, "B"]:
+    r"""First-order estimate of how much the loss can rise inside the threat model, :math:`\|\varepsilon g_b\|_q`.
+
+    For ``Linf(eps)`` it is :math:`\varepsilon \|g_b\|_1`, the penalty of Rodríguez Muñoz ("Adversarial robustness
+    without perturbations", MIT 2024, equation 4.1).
+
+    Args:
+        grad: Gradient of the per-sample loss with respect to the input, from :func:`gradreg.input_gradient`.
+        threat: The perturbations to withstand.
+
+    Returns:
+        One number per sample, in units of the loss; in float32 for gradients in half precision.
+
+    Example:
+        >>> from gradreg import Linf
+        >>> grad_norm(torch.tensor([[3.0, -4.0]]), Linf(eps=0.5))
+        tensor([3.5000])
+    """
+    return threat.dual_norm(grad)
+
+
+@final
+class GradNormPenalty(Penalty):
+    r"""The dual norm of the input gradient, :math:`\|\varepsilon g_b\|_q`: see :func:`grad_norm`.
+
+    A weight of 1 has a meaning: loss plus penalty is then the worst loss inside the threat model, to first order. The
+    thesis weighs the loss by 0.8 and the penalty by 1.2 at :math:`\varepsilon = 4/255`. It needs a model with smooth
+    activations (:func:`gradreg.smoothify`): in a piecewise linear one the input gradient does not change with most
+    weights' biases, and the penalty collapses (section 4.3 there).
+
+    Args:
+        threat: The perturbations to withstand, in the units of the model's input.
+
+    Shape:
+        grad ``(B, ...)``, x (unused) ``(B, ...)`` or absent; result ``(B,)``.
+
+    Example:
+        >>> from gradreg import Linf
+        >>> GradNormPenalty(Linf(eps=0.5))(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))
+        tensor([3.5000, 0.5000])
+    """
+
+    def __init__(self, threat: ThreatModel) -> None:
+        super().__init__()
+        if not isinstance(threat, ThreatModel):
+            raise TypeError(
+                f"GradNormPenalty: expected a threat model such as Linf(4 / 255), got {type(threat).__name__}."
+            )
+        self.threat = threat
+
+    def forward(self, grad: Float[Tensor, "B *x"], x: Float[Tensor, "B *x"] | None = None) -> Float[Tensor, "B"]:
+        """The dual norm of each sample's gradient."""
+        return grad_norm(grad, self.threat)
+
+    def extra_repr(self) -> str:
+        """The threat model, for ``repr``."""
+        return repr(self.threat)
+
+
+def edge_alignment(
+    grad: Float[Tensor, "B C H W"],
+    x: Float[Tensor, "B C H W"],
+    *,
+    sigma: float = 1.0,
+    energy: EnergyFunction = oriented_energy,
+    level: Level = "sample",
+) -> Float[Tensor, "B"]:
+    r"""How far the input gradient points away from the image's edges, :math:`1 - \cos(g_b, E(x_b))`.
+
+    Rodríguez Muñoz ("Adversarial robustness without perturbations", MIT 2024, equation 5.1), where g is the gradient of
+    a class logit, the class drawn from the model's own prediction (equation 5.2: :class:`gradreg.sampled_class`). It
+    says nothing of the gradient's size. The gradient keeps its sign, and edge energies are never negative.
+
+    Where the gradient or the energy of a sample is 0 its cosine counts as 0, with a zero gradient.
+
+    Args:
+        grad: Gradient of a score with respect to the input.
+        x: The images that the score was computed from.
+        sigma: Width of the edge filter in pixels.
+        energy: The edge map, :func:`gradreg.edges.oriented_energy` (the thesis's text) or
+            :func:`gradreg.edges.contour_energy` (its released code), or any function ``energy(x, sigma=sigma)`` whose
+            result broadcasts against grad.
+        level: ``"sample"``: one cosine per image. ``"batch"``: one cosine over all images of the batch, as in the
+            released code, split into one share per sample so that the *mean* of the result is 1 minus that cosine.
+            Images with a large gradient or many edges then count more. Twice that mean is the code's squared error
+            between gradient and edges, each divided by its root mean square.
+
+    Returns:
+        One number per sample, without units; in [0, 2] for level ``"sample"``.
+
+    Raises:
+        ValueError: If grad and x differ in shape, are no images, or level is none of the two.
+
+    Example:
+        >>> x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> edge_alignment(oriented_energy(x), x).abs().max() < 1e-6
+        tensor(True)
+    """
+    if grad.ndim != 4 or grad.shape != x.shape:
+        raise ValueError(
+            f"edge_alignment: expected grad and x to be images of one shape (B, C, H, W), got {tuple(grad.shape)} and "
+            f"{tuple(x.shape)}."
+        )
+    if level not in ("sample", "batch"):
+        raise ValueError(f'edge_alignment: level is "sample" or "batch", got {level!r}.')
+    grad = at_least_float32(grad)
+    edges = energy(at_least_float32(x), sigma=sigma).to(grad.dtype).expand_as(grad)
+    if level == "batch":
+        return 1 - len(grad) * (unit(grad[None]) * unit(edges[None]))[0].flatten(1).sum(1)
+    return 1 - (unit(grad) * unit(edges)).flatten(1).sum(1)
+
+
+@final
+class EdgeAlignmentPenalty(Penalty):
+    r"""One minus the cosine between input gradient and edge energy: see :func:`edge_alignment`.
+
+    Use it on a class gradient, ``Term(EdgeAlignmentPenalty(), weight, of=sampled_class(0.5))``: on the gradient of the
+    loss the thesis reports that it did not converge.
+
+    Args:
+        sigma: Width of the edge filter in pixels, above 0.
+        energy: The edge map; a module-level function, so that the penalty can be pickled.
+        level: ``"sample"`` or ``"batch"``.
+
+    Shape:
+        grad and x ``(B, C, H, W)``; result ``(B,)``.
+
+    Example:
+        >>> x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> EdgeAlignmentPenalty(sigma=1.0)(torch.zeros_like(x), x)
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self, sigma: float = 1.0, *, energy: EnergyFunction = oriented_energy, level: Level = "sample"
+    ) -> None:
+        super().__init__()
+        if not sigma > 0:
+            raise ValueError(f"EdgeAlignmentPenalty: sigma is a width in pixels and must be above 0, got {sigma}.")
+        if level not in ("sample", "batch"):
+            raise ValueError(f'EdgeAlignmentPenalty: level is "sample" or "batch", got {level!r}.')
+        self.sigma = sigma
+        self.energy = energy
+        self.level = level
+
+    def forward(self, grad: Float[Tensor, "B C H W"], x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+        """One minus the cosine for each sample."""
+        return edge_alignment(grad, x, sigma=self.sigma, energy=self.energy, level=self.level)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"sigma={self.sigma}, energy={getattr(self.energy, '__name__', self.energy)}, level={self.level!r}"

@@ -1,0 +1,130 @@
+"""Schedules: weights and radii as functions of an explicit clock.
+
+A schedule is any function of ``t``, counted in optimiser steps. It has no state, so there is nothing to checkpoint and
+nothing to desynchronise between ranks: the clock is the one that the training loop already keeps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+Schedule = Callable[[float], float]
+
+
+@final
+@dataclass(frozen=True)
+class constant:  # noqa: N801  (used as a function)
+    """The same value at every step.
+
+    Example:
+        >>> constant(1.2)(1000)
+        1.2
+    """
+
+    value: float
+
+    def __call__(self, t: float) -> float:
+        return self.value
+
+
+@final
+@dataclass(frozen=True)
+class linear_ramp:  # noqa: N801
+    """A straight line from start to end over the first duration steps, then end.
+
+    The thesis raises the weight of its penalty so, over the first five epochs (Rodríguez Muñoz, "Adversarial robustness
+    without perturbations", MIT 2024, section 4.3).
+
+    Attributes:
+        end: The value from step ``duration`` on.
+        duration: Length of the ramp in optimiser steps, more than 0.
+        start: The value at step 0.
+
+    Example:
+        >>> ramp = linear_ramp(1.2, duration=100)
+        >>> ramp(0), ramp(50), ramp(5000)
+        (0.0, 0.6, 1.2)
+    """
+
+    end: float
+    duration: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_duration(self)
+
+    def __call__(self, t: float) -> float:
+        return self.start + (self.end - self.start) * _progress(t, self.duration)
+
+
+@final
+@dataclass(frozen=True)
+class cosine_ramp:  # noqa: N801
+    """Half a cosine wave from start to end over the first duration steps, then end.
+
+    Attributes:
+        end: The value from step ``duration`` on.
+        duration: Length of the ramp in optimiser steps, more than 0.
+        start: The value at step 0.
+
+    Example:
+        >>> ramp = cosine_ramp(1.0, duration=100)
+        >>> ramp(0), round(ramp(50), 6), ramp(5000)
+        (0.0, 0.5, 1.0)
+    """
+
+    end: float
+    duration: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_duration(self)
+
+    def __call__(self, t: float) -> float:
+        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * _progress(t, self.duration))) / 2
+
+
+@final
+@dataclass(frozen=True)
+class join:  # noqa: N801
+    """One schedule after the other, each with its own clock that starts at 0.
+
+    Attributes:
+        schedules: The schedules in their order.
+        boundaries: The step at which each schedule after the first begins, rising; one less than there are schedules.
+
+    Example:
+        >>> schedule = join([linear_ramp(1.0, duration=10), constant(0.5)], boundaries=[20])
+        >>> schedule(10), schedule(19), schedule(20)
+        (1.0, 1.0, 0.5)
+    """
+
+    schedules: Sequence[Schedule]
+    boundaries: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if len(self.schedules) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"join: {len(self.schedules)} schedules need {len(self.schedules) - 1} boundaries between them, got "
+                f"{len(self.boundaries)}."
+            )
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError(f"join: boundaries must rise, got {list(self.boundaries)}.")
+
+    def __call__(self, t: float) -> float:
+        begun = [boundary for boundary in self.boundaries if t >= boundary]
+        return self.schedules[len(begun)](t - (begun[-1] if begun else 0))
+
+
+def _progress(t: float, duration: float) -> float:
+    """How much of a ramp is over at step t, from 0 to 1."""
+    return min(max(t / duration, 0.0), 1.0)
+
+
+def _check_duration(ramp: linear_ramp | cosine_ramp) -> None:
+    if not ramp.duration > 0:
+        raise ValueError(
+            f"{type(ramp).__name__}: duration is counted in optimiser steps and must be above 0, got {ramp.duration}; "
+            "without a ramp the weight is a plain number."
+        )

@@ -1,0 +1,151 @@
+"""One forward pass of a model, and the scores that are differentiated with respect to its input.
+
+There are two ways to take an input gradient. :class:`EagerForward` asks autograd, through a leaf tensor that requires
+grad; it is the cheaper one, and sees hooks and wrappers of the model. :class:`TransformedForward` asks
+``torch.func.vjp``, which also works inside transforms and compiled regions, where no leaf may be made. Both run the
+model once.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gradreg import checks, modes
+from gradreg.gradients import Score, check_scores, input_gradient, with_pull_back
+from gradreg.selectors import ClassSelector, class_scores
+
+Model = Callable[[Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Forward(ABC):
+    """The logits of one forward pass and what can be computed from them.
+
+    Attributes:
+        x: The input, without a graph.
+        y: The labels.
+        logits: The model's output.
+        losses: The criterion's value for every sample.
+    """
+
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    losses: Tensor
+    _criterion: Criterion
+
+    def score(self, selector: ClassSelector | None, classes: Tensor | None = None) -> Score:
+        """The loss, or the logit of a class.
+
+        Args:
+            selector: What chooses the class; None for the loss.
+            classes: The classes, where they are given.
+        """
+        if selector is None:
+            return self._score(self.losses, lambda logits: self._criterion(logits, self.y))
+        chosen = selector(self.logits.detach(), self.y) if classes is None else classes
+        return self._score(class_scores(self.logits, chosen), lambda logits: class_scores(logits, chosen))
+
+    @abstractmethod
+    def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
+        """The score of these values, which are ``score_of(self.logits)``."""
+
+    def _read(self, logits: Tensor, *, look: bool) -> None:
+        """Take over the model's output."""
+        checks.check_logits(logits)
+        checks.check_labels(logits, self.y, look=look)
+        self.logits = logits
+        self.losses = self._criterion(logits, self.y)
+        check_scores(self.losses, self.x)
+
+
+@final
+class EagerForward(Forward):
+    """A forward pass under autograd.
+
+    Args:
+        model: The model.
+        criterion: The per-sample loss.
+        x: The input. It is not changed, and needs no grad.
+        y: The labels.
+        inner_scale: Factor on a score while its gradient is taken.
+        differentiable: Whether input gradients will be asked for.
+        look: Whether values may be looked at.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        criterion: Criterion,
+        x: Tensor,
+        y: Tensor,
+        inner_scale: float,
+        differentiable: bool,
+        look: bool,
+    ) -> None:
+        # Tensors made under inference_mode cannot be saved for a backward pass; copies made outside of it can.
+        self.x = x.clone() if x.is_inference() else x.detach()
+        self.y = y.clone() if y.is_inference() else y
+        self._model = model
+        self._criterion = criterion
+        self._inner_scale = inner_scale
+        self._look = look
+        self._leaf = self.x.detach().requires_grad_(differentiable)
+        self._random_state = modes.random_state(x.device)
+        # The model gets a copy: its first operation may work in place, which a leaf forbids.
+        self._read(model(self._leaf.clone() if differentiable else self._leaf), look=look)
+
+    def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
+        def gradient(create_graph: bool) -> Tensor:
+            grad = input_gradient(values * self._inner_scale, self._leaf, create_graph=create_graph) / self._inner_scale
+            if self._look and not grad.any():
+                warnings.warn(
+                    "The input gradient of every sample is exactly 0, so that the penalty trains nothing. Either the "
+                    "loss is saturated, or something before the first layer has no slope (rounding, quantising, "
+                    "argmax).",
+                    checks.GradregWarning,
+                    stacklevel=6,
+                )
+            return grad
+
+        def at(z: Tensor) -> Tensor:
+            with modes.replayed(self._random_state, z.device), modes.frozen_statistics(self._model):
+                return score_of(self._model(z))
+
+        return Score(self.x, values, gradient, at)
+
+
+@final
+class TransformedForward(Forward):
+    """A forward pass inside a ``torch.func`` transform or a compiled region, where values cannot be looked at.
+
+    Random numbers are not replayed here: with dropout, finite differences need the eager form.
+
+    Args:
+        model: The model.
+        criterion: The per-sample loss.
+        x: The input.
+        y: The labels.
+        inner_scale: Factor on a score while its gradient is taken.
+    """
+
+    def __init__(self, model: Model, criterion: Criterion, x: Tensor, y: Tensor, inner_scale: float) -> None:
+        self.x = x
+        self.y = y
+        self._model = model
+        self._criterion = criterion
+        self._inner_scale = inner_scale
+        logits, self._pull_back = with_pull_back(lambda z: model(z.clone()), x)
+        self._read(logits, look=False)
+
+    def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
+        def gradient(create_graph: bool) -> Tensor:
+            scaled = torch.func.grad(lambda logits: (score_of(logits) * self._inner_scale).sum())(self.logits)
+            (grad,) = self._pull_back(scaled)
+            return grad / self._inner_scale
+
+        return Score(self.x, values, gradient, lambda z: score_of(self._model(z)))

@@ -1,0 +1,380 @@
+r"""Threat models: the sets of perturbations that a model is to withstand.
+
+A threat model is a scaled norm ball :math:`\{\delta : \|\delta / \varepsilon\|_p \le 1\}`. Everything that an
+attack or a penalty needs to know of it follows from the ball alone: the dual norm (how much a linear function can
+rise inside it), the maximiser (where it rises most), the projection onto it, and uniform noise in it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Eps = float | Tensor
+Box = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ThreatModel(ABC):
+    r"""A ball :math:`\{\delta : \|\delta/\varepsilon\|_p \le 1\}` of perturbations of one sample.
+
+    Samples lie along the first dimension of every tensor; a norm runs over all other dimensions.
+
+    Attributes:
+        eps: The radius, in the units of the model's input (``8 / 255`` for pixels in [0, 1]). A tensor gives each
+            sample, channel or pixel its own: it broadcasts against a batch ``(B, ...)``, for example ``(B, 1, 1, 1)``
+            for one radius per sample or ``(C, 1, 1)`` for one per channel. A loader that normalises its images by
+            ``std`` has the radius ``eps / std`` with ``std`` of shape ``(C, 1, 1)``.
+
+    Raises:
+        ValueError: If eps is negative or not finite, or a one-dimensional tensor: whether that would mean
+            samples, channels or columns cannot be told.
+    """
+
+    eps: Eps
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if isinstance(self.eps, Tensor):
+            if self.eps.ndim == 1:
+                raise ValueError(
+                    f"{name}: eps has shape {tuple(self.eps.shape)}, which could mean samples, channels or columns. "
+                    "Give it the shape in which it broadcasts against the batch: eps.view(-1, 1, 1, 1) for one "
+                    "radius per sample, eps.view(-1, 1, 1) for one per channel."
+                )
+            if self.eps.device.type == "cpu" and not _transformed(self.eps):
+                self._check_range(bool(torch.isfinite(self.eps).all() and (self.eps >= 0).all()))
+        else:
+            self._check_range(math.isfinite(self.eps) and self.eps >= 0)
+
+    def _check_range(self, valid: bool) -> None:
+        if not valid:
+            raise ValueError(f"{type(self).__name__}: eps must be finite and at least 0, got {self.eps}.")
+
+    @abstractmethod
+    def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        r"""Size of a perturbation in units of the ball, :math:`\|\delta/\varepsilon\|_p`: at most 1 inside."""
+
+    @abstractmethod
+    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        r"""Largest rise of a linear function in the ball, :math:`\max_\delta \langle g, \delta \rangle`.
+
+        It is the dual norm :math:`\|\varepsilon g\|_q`. Differentiable; its gradient is :meth:`maximizer`. Computed in
+        float32 for half-precision input.
+        """
+
+    @abstractmethod
+    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
+        r"""The perturbation of the ball at which :math:`\langle g, \delta\rangle` is largest (0 where g is 0)."""
+
+    @abstractmethod
+    def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
+        """The point of the ball, and of the box if one is given, nearest to delta.
+
+        Nearest in the scaled coordinates ``delta / eps``.
+
+        Args:
+            delta: Perturbations.
+            box: Lower and upper limits of each coordinate, ``lower <= 0 <= upper``: for a sample x of pixels in
+                [0, 1] they are ``(-x, 1 - x)``.
+        """
+
+    @abstractmethod
+    def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
+        """Noise uniform in the ball, one draw per sample, with the shape, dtype and device of x."""
+
+    def ascent(
+        self, grad: Float[Tensor, "B *x"], delta: Float[Tensor, "B *x"], box: Box | None = None
+    ) -> Float[Tensor, "B *x"]:
+        """The step of an iterated attack: the maximiser, where nothing better is known of the norm.
+
+        Args:
+            grad: Gradient of the function to ascend, at delta.
+            delta: The perturbation so far.
+            box: Limits of delta, as in :meth:`project`.
+        """
+        return self.maximizer(grad)
+
+    def with_eps(self, eps: Eps) -> "ThreatModel":
+        """The ball of the same norm with another radius."""
+        return type(self)(eps)
+
+    def scaled(self, factor: float) -> "ThreatModel":
+        """The ball of the same norm, its radius multiplied by factor."""
+        return self.with_eps(self.eps * factor)
+
+    def rows(self, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]) -> "ThreatModel":
+        """The threat model of some samples of the batch x: follows a per-sample eps, leaves any other as it is."""
+        return self.with_eps(rows_of(self.eps, rows, x))
+
+    def _eps_like(self, tensor: Tensor) -> Eps:
+        """The radius, ready to be multiplied with tensor."""
+        if not isinstance(self.eps, Tensor):
+            return self.eps
+        eps = self.eps.to(device=tensor.device, dtype=tensor.dtype)
+        if eps.ndim > tensor.ndim or torch.broadcast_shapes(eps.shape, tensor.shape) != tensor.shape:
+            raise ValueError(
+                f"{type(self).__name__}: eps of shape {tuple(eps.shape)} does not broadcast against a batch of shape "
+                f"{tuple(tensor.shape)}."
+            )
+        return eps
+
+    def _shrink(self, delta: Tensor) -> Tensor:
+        """To scaled coordinates; a coordinate with eps 0 cannot move, and is 0 there."""
+        eps = self._eps_like(delta)
+        if isinstance(eps, Tensor):
+            return torch.where(eps > 0, delta / eps.where(eps > 0, 1.0), 0.0)
+        return delta / eps if eps > 0 else torch.zeros_like(delta)
+
+    def _stretch(self, scaled: Tensor) -> Tensor:
+        """Back from scaled coordinates."""
+        return scaled * self._eps_like(scaled)
+
+
+@final
+class Linf(ThreatModel):
+    r"""Each coordinate moves by at most eps: :math:`\|\delta/\varepsilon\|_\infty \le 1`.
+
+    Its dual norm is :math:`\|\varepsilon g\|_1`, its maximiser :math:`\varepsilon\,\mathrm{sign}(g)`, the step of the
+    fast gradient sign method (Goodfellow, Shlens & Szegedy, "Explaining and Harnessing Adversarial Examples", 2015).
+
+    Example:
+        >>> threat = Linf(eps=0.5)
+        >>> threat.dual_norm(torch.tensor([[3.0, -4.0]]))
+        tensor([3.5000])
+        >>> threat.maximizer(torch.tensor([[3.0, -4.0]]))
+        tensor([[ 0.5000, -0.5000]])
+    """
+
+    def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        return _samples(self._shrink(at_least_float32(delta))).abs().amax(1)
+
+    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        return _samples(self._stretch(at_least_float32(grad))).abs().sum(1)
+
+    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
+        return self._stretch(grad.sign())
+
+    def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
+        eps = self._eps_like(delta)
+        inside = torch.minimum(torch.maximum(delta, -eps), eps) if isinstance(eps, Tensor) else delta.clamp(-eps, eps)
+        return inside if box is None else inside.clamp(*box)
+
+    def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
+        return self._stretch(torch.empty_like(x).uniform_(-1, 1, generator=generator))
+
+
+@final
+class L2(ThreatModel):
+    r"""Euclidean length at most eps: :math:`\|\delta/\varepsilon\|_2 \le 1`.
+
+    Its dual norm is :math:`\|\varepsilon g\|_2`, its maximiser :math:`\varepsilon\,(\varepsilon g)/\|\varepsilon
+    g\|_2`.
+
+    Example:
+        >>> threat = L2(eps=0.5)
+        >>> threat.dual_norm(torch.tensor([[3.0, -4.0]]))
+        tensor([2.5000])
+        >>> threat.maximizer(torch.tensor([[3.0, -4.0]]))
+        tensor([[ 0.3000, -0.4000]])
+    """
+
+    def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        return length(self._shrink(at_least_float32(delta)))
+
+    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        return length(self._stretch(at_least_float32(grad)))
+
+    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
+        return self._stretch(unit(self._stretch(grad)))
+
+    def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
+        r"""The nearest point, exact also where ball and box both bind.
+
+        The solution is :math:`\mathrm{clip}(t u, l, h)` for the scaled perturbation u and the one :math:`t \in (0, 1]`
+        that brings it to length 1; between the sorted values of t at which a coordinate meets the box, the squared
+        length is quadratic in t, so t has a closed form.
+        """
+        u = _samples(self._shrink(delta))
+        if box is None:
+            return self._stretch((u / length(u).clamp(min=1.0).unsqueeze(1)).view_as(delta))
+        low, high = (_samples(self._shrink(side.expand_as(delta))) for side in box)
+        room = torch.where(u < 0, -low, high)
+        magnitude = u.abs()
+        meets = torch.where(magnitude > room, room / magnitude.clamp(min=torch.finfo(u.dtype).tiny), 1.0)
+        order = meets.argsort(1)
+        knots = meets.gather(1, order)
+        met = room.square().gather(1, order).cumsum(1)  # squared length of the coordinates at the box ...
+        free = magnitude.square().gather(1, order).flip(1).cumsum(1).flip(1)  # ... and of the others, per t squared
+        met = torch.cat([torch.zeros_like(met[:, :1]), met[:, :-1]], 1)
+        index = ((met + knots.square() * free) < 1).sum(1, keepdim=True).clamp(max=u.shape[1] - 1)
+        t = (
+            (1 - met.gather(1, index)).clamp(min=0) / free.gather(1, index).clamp(min=torch.finfo(u.dtype).tiny)
+        ).sqrt()
+        clipped = torch.minimum(torch.maximum(u, low), high)
+        scaled = torch.minimum(torch.maximum(u * t.clamp(max=1.0), low), high)
+        nearest = torch.where(length(clipped).unsqueeze(1) > 1, scaled, clipped)
+        return self._stretch((nearest / length(nearest).clamp(min=1.0).unsqueeze(1)).view_as(delta))
+
+    def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
+        direction = unit(torch.empty_like(x).normal_(generator=generator))
+        return self._stretch(direction * _radius_like(x, generator))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class L1(ThreatModel):
+    r"""Sum of absolute changes at most eps: :math:`\|\delta/\varepsilon\|_1 \le 1`.
+
+    Its dual norm is :math:`\|\varepsilon g\|_\infty`, reached by moving the single coordinate of the largest
+    :math:`|\varepsilon g|`. Iterated attacks would crawl along one coordinate at a time and stall at the edge of the
+    pixel range, so their step (:meth:`ascent`) moves the best :attr:`density` of the coordinates that can still move,
+    and the projection honours ball and box together (Croce & Hein, "Mind the Box: l1-APGD for Sparse Adversarial
+    Attacks on Image Classifiers", ICML 2021).
+
+    Attributes:
+        density: Fraction of the coordinates that one attack step moves, at least one.
+
+    Example:
+        >>> threat = L1(eps=0.5)
+        >>> threat.dual_norm(torch.tensor([[3.0, -4.0]]))
+        tensor([2.])
+        >>> threat.maximizer(torch.tensor([[3.0, -4.0]]))
+        tensor([[ 0.0000, -0.5000]])
+    """
+
+    density: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.density <= 1:
+            raise ValueError(f"L1: density is a fraction of the coordinates in (0, 1], got {self.density}.")
+
+    def with_eps(self, eps: Eps) -> "L1":
+        return L1(eps, self.density)
+
+    def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        return _samples(self._shrink(at_least_float32(delta))).abs().sum(1)
+
+    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+        return _samples(self._stretch(at_least_float32(grad))).abs().amax(1)
+
+    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
+        scaled = _samples(self._stretch(grad))
+        return self._stretch(_spread(scaled, scaled.abs(), count=1).view_as(grad))
+
+    def ascent(
+        self, grad: Float[Tensor, "B *x"], delta: Float[Tensor, "B *x"], box: Box | None = None
+    ) -> Float[Tensor, "B *x"]:
+        scaled = _samples(self._stretch(grad))
+        merit = scaled.abs()
+        if box is not None:
+            low, high = (_samples(side.expand_as(delta)) for side in box)
+            flat = _samples(delta)
+            movable = torch.where(scaled < 0, flat > low, flat < high)
+            merit = merit * movable
+        count = max(1, round(self.density * scaled.shape[1]))
+        return self._stretch(_spread(scaled, merit, count).view_as(grad))
+
+    def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
+        r"""The nearest point, exact also where ball and box both bind.
+
+        In scaled coordinates the solution lowers every magnitude by the same :math:`\lambda \ge 0` and clips it to its
+        room in the box, :math:`\mathrm{sign}(u)\,\min(\max(|u| - \lambda, 0), r)`; its L1 norm is piecewise linear in
+        :math:`\lambda`, with knots at :math:`|u|` and :math:`|u| - r`, so sorting the knots gives :math:`\lambda`
+        exactly.
+        """
+        u = _samples(self._shrink(delta))
+        magnitude = u.abs()
+        room = magnitude
+        if box is not None:
+            low, high = (_samples(self._shrink(side.expand_as(delta))) for side in box)
+            room = torch.minimum(magnitude, torch.where(u < 0, -low, high))
+        knots = torch.cat([magnitude, magnitude - room], 1)
+        slope = torch.cat([torch.ones_like(u), -torch.ones_like(u)], 1)
+        knots, order = knots.sort(1, descending=True)
+        slope = slope.gather(1, order)
+        slopes = slope.cumsum(1)
+        intercepts = (slope * knots).cumsum(1)
+        # The norm at each knot rises as the knots fall; the last knot at which it is below 1 starts the piece of
+        # lambda.
+        piece = ((intercepts - slopes * knots) < 1).sum(1, keepdim=True).sub(1).clamp(min=0)
+        lam = (intercepts.gather(1, piece) - 1) / slopes.gather(1, piece).clamp(min=1)
+        lam = torch.where(room.sum(1, keepdim=True) > 1, lam.clamp(min=0), 0.0)
+        nearest = u.sign() * torch.minimum((magnitude - lam).clamp(min=0), room)
+        return self._stretch((nearest / nearest.abs().sum(1, keepdim=True).clamp(min=1.0)).view_as(delta))
+
+    def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
+        magnitude = torch.empty_like(x).exponential_(generator=generator)
+        sign = torch.empty_like(x).uniform_(-1, 1, generator=generator).sign()
+        share = magnitude / _samples(magnitude).sum(1).view(_column(x))
+        return self._stretch(sign * share * _radius_like(x, generator))
+
+
+Value = TypeVar("Value", float | Tensor, Tensor)
+
+
+def rows_of(value: Value, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]) -> Value:
+    """The entries for some samples of the batch x, of a value that is one for all samples or one for each.
+
+    A tensor holds one entry per sample if it has the rank of the batch and its first dimension: ``(B, 1, 1, 1)`` does,
+    ``(C, 1, 1)`` does not.
+    """
+    if isinstance(value, Tensor) and value.ndim == x.ndim and value.shape[0] == x.shape[0]:
+        return value[rows]
+    return value
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is of a half-precision type: sums over an image overflow or drown there."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def length(tensor: Tensor) -> Tensor:
+    """Euclidean norm per sample, with a zero gradient at 0 and no overflow or underflow of the squares."""
+    flat = _samples(tensor)
+    largest = flat.detach().abs().amax(1, keepdim=True)
+    largest = largest.where(largest > 0, 1.0)
+    return torch.linalg.vector_norm(flat / largest, dim=1) * largest.squeeze(1)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """The tensor scaled to length 1 per sample; 0 stays 0, with a zero gradient. No square overflows or underflows."""
+    flat = _samples(tensor)
+    largest = flat.detach().abs().amax(1, keepdim=True)
+    flat = flat * torch.where(largest > 0, 1 / largest, 0.0)
+    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1.0)).view_as(tensor)
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    """One row per sample."""
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def _column(x: Tensor) -> tuple[int, ...]:
+    """The shape of one number per sample that broadcasts against x."""
+    return (x.shape[0],) + (1,) * (x.ndim - 1)
+
+
+def _radius_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The distance from the centre of a point uniform in a unit ball of as many dimensions as a sample has."""
+    uniform = torch.rand(x.shape[0], generator=generator, dtype=x.dtype, device=x.device)
+    return uniform.pow(1 / max(1, x[0].numel())).view(_column(x))
+
+
+def _spread(values: Tensor, merit: Tensor, count: int) -> Tensor:
+    """Signs of the values at the coordinates of the highest merit, of L1 norm 1; coordinates of merit 0 do not move."""
+    best, index = merit.topk(count, dim=1)
+    moves = values.gather(1, index).sign() * (best > 0)
+    moves = moves / moves.abs().sum(1, keepdim=True).clamp(min=1)
+    return torch.zeros_like(values).scatter(1, index, moves)
+
+
+def _transformed(tensor: Tensor) -> bool:
+    """Whether the tensor's values may not be looked at: inside a torch.func transform or a compiled region."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
