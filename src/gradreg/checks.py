@@ -114,8 +114,8 @@ def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
     slack = 1e-6 * (high - low)
     if not bool(((x >= low - slack) & (x <= high + slack)).all()):
         raise ValueError(
-            f"x lies in [{float(x.min()):.3g}, {float(x.max()):.3g}], outside the bounds [{float(low.min()):.3g}, "
-            f"{float(high.max()):.3g}]. If a loader normalises it, let the model do so instead (with_normalization), "
+            f"x lies in [{x.min().item():.3g}, {x.max().item():.3g}], outside the bounds [{low.min().item():.3g}, "
+            f"{high.max().item():.3g}]. If a loader normalises it, let the model do so instead (with_normalization), "
             "or give eps / std and the normalised bounds. If augmentation leaves the range (random erasing), say "
             'out_of_bounds="clamp".'
         )
@@ -123,7 +123,7 @@ def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
 
 def check_not_normalized_twice(x: Tensor) -> None:
     """Raise if x cannot be pixels of [0, 1], though a model that normalises by itself takes just those."""
-    low, high = float(x.min()), float(x.max())
+    low, high = x.min().item(), x.max().item()
     if low < -1 or high > 2:
         raise ValueError(
             f"The model normalises its input (gradreg.Normalize), but x lies in [{low:.3g}, {high:.3g}]: it looks "
@@ -132,4 +132,4 @@ def check_not_normalized_twice(x: Tensor) -> None:
 
 
 def _brief(value: float | Tensor) -> str:
-    return f"{float(value.max()) if isinstance(value, Tensor) else value:.4g}"
+    return f"{value.max().item() if isinstance(value, Tensor) else value:.4g}"

@@ -122,8 +122,8 @@ def _filter(x: Tensor, horizontal: Tensor, vertical: Tensor) -> Tensor:
 
 
 def _correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """Correlation with one kernel, per channel, borders reflected."""
+    """Correlation with one kernel, per channel, borders reflected; in the kernel's type, also under autocast."""
     rows, columns = kernel.shape
-    padded = F.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2), mode="reflect")
-    weight = kernel.to(x.dtype).expand(x.shape[1], 1, rows, columns)
-    return F.conv2d(padded, weight, groups=x.shape[1])
+    padded = F.pad(x.to(kernel.dtype), (columns // 2, columns // 2, rows // 2, rows // 2), mode="reflect")
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(padded, kernel.expand(x.shape[1], 1, rows, columns), groups=x.shape[1])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 RandomState = tuple[Tensor, Tensor | None]
@@ -42,33 +42,43 @@ def frozen_statistics(model: object) -> Iterator[None]:
     Args:
         model: A module. Anything else (a function) is left alone.
     """
-    updating = [module for module in batch_norms(model) if module.track_running_stats]
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    norms = [m for m in modules if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    momenta = [module.momentum for module in norms]
     try:
-        for module in updating:
-            module.track_running_stats = False
+        for module in norms:
+            if isinstance(module, _BatchNorm):
+                module.track_running_stats = False
+            else:  # InstanceNorm updates whatever it has, with this momentum
+                module.momentum = 0.0
         yield
     finally:
-        for module in updating:
+        for module, momentum in zip(norms, momenta, strict=True):
             module.track_running_stats = True
+            module.momentum = momentum
 
 
-def batch_norms(model: object) -> list[_NormBase]:
-    """The normalisation layers that use the statistics of the batch at hand, because they are in training mode."""
+def batch_norms(model: object) -> list[_BatchNorm]:
+    """The layers that normalise with the statistics of the batch at hand, and so let its samples see each other."""
     if not isinstance(model, nn.Module):
         return []
-    return [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [module for module in found if module.training or module.running_mean is None]
 
 
 def dropouts(model: object) -> list[nn.Module]:
     """The layers that drop something at random: dropout in training mode, and stochastic depth by its usual names."""
     if not isinstance(model, nn.Module):
         return []
-    named = {"DropPath", "StochasticDepth", "DropBlock2d"}
-    return [
-        module
-        for module in model.modules()
-        if module.training and (isinstance(module, _DropoutNd) or type(module).__name__ in named)
-    ]
+    return [module for module in model.modules() if module.training and _drop_rate(module) > 0]
+
+
+def _drop_rate(module: nn.Module) -> float:
+    if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
+        return float(getattr(module, "p", 0.0))
+    if type(module).__name__ in ("DropPath", "DropBlock2d"):
+        return float(getattr(module, "drop_prob", None) or 0.0)
+    return 0.0
 
 
 def random_state(device: torch.device) -> RandomState:

@@ -23,7 +23,7 @@ class Normalize(nn.Module):
         ``(B, C, H, W)`` to the same, with as many channels as there are means (or any number, for a single mean).
 
     Raises:
-        ValueError: If mean and std differ in length, or a std is not above 0.
+        ValueError: If mean and std differ in length, a std is not above 0, or, when called, the channels do not fit.
 
     Example:
         >>> Normalize(mean=[0.5], std=[0.25])(torch.ones(1, 1, 2, 2)).unique()
@@ -37,13 +37,15 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std):
             raise ValueError(f"Normalize: mean has {len(mean)} channels, std has {len(std)}.")
-        if not min(std) > 0:
+        if not all(deviation > 0 for deviation in std):
             raise ValueError(f"Normalize: every std must be above 0, got {list(std)}.")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """The normalised images."""
+        if x.ndim != 4 or len(self.mean) not in (1, x.shape[1]):
+            raise ValueError(f"Normalize: expected images of shape (B, {len(self.mean)}, H, W), got {tuple(x.shape)}.")
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:

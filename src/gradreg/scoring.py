@@ -9,10 +9,10 @@ model once.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import final
+from typing import cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradreg import checks, modes
 from gradreg.gradients import Score, check_scores, input_gradient, with_pull_back
@@ -139,7 +139,7 @@ class TransformedForward(Forward):
         self._model = model
         self._criterion = criterion
         self._inner_scale = inner_scale
-        logits, self._pull_back = with_pull_back(lambda z: model(z.clone()), x)
+        logits, self._pull_back = _with_pull_back(model, x)
         self._read(logits, look=False)
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
@@ -148,4 +148,28 @@ class TransformedForward(Forward):
             (grad,) = self._pull_back(scaled)
             return grad / self._inner_scale
 
-        return Score(self.x, values, gradient, lambda z: score_of(self._model(z)))
+        def at(z: Tensor) -> Tensor:
+            with modes.frozen_statistics(self._model):
+                return score_of(self._model(z))
+
+        return Score(self.x, values, gradient, at)
+
+
+def _with_pull_back(model: Model, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+    """The logits, and the map from their cotangent to that of x.
+
+    A transformed function may not change a tensor that it captured, as BatchNorm changes its running statistics. So a
+    module in which it would gets copies of its buffers, and takes their new values over when the transform is done.
+    """
+    if not isinstance(model, nn.Module) or not modes.batch_norms(model):
+        return with_pull_back(lambda z: model(z.clone()), x)
+
+    def forward(z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return torch.func.functional_call(model, buffers, (z.clone(),)), buffers
+
+    result = torch.func.vjp(forward, x, has_aux=True)
+    logits, pull_back, updated = cast(tuple[Tensor, Callable[[Tensor], tuple[Tensor]], dict[str, Tensor]], result)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(updated[name])
+    return logits, pull_back

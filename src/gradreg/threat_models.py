@@ -117,15 +117,21 @@ class ThreatModel(ABC):
         if not isinstance(self.eps, Tensor):
             return self.eps
         eps = self.eps.to(device=tensor.device, dtype=tensor.dtype)
-        if eps.ndim > tensor.ndim or torch.broadcast_shapes(eps.shape, tensor.shape) != tensor.shape:
+        sides = zip(reversed(eps.shape), reversed(tensor.shape), strict=False)
+        if eps.ndim > tensor.ndim or any(side not in (1, whole) for side, whole in sides):
             raise ValueError(
                 f"{type(self).__name__}: eps of shape {tuple(eps.shape)} does not broadcast against a batch of shape "
                 f"{tuple(tensor.shape)}."
             )
         return eps
 
+    def _units(self, delta: Tensor) -> Tensor:
+        """A perturbation in units of eps; infinitely many where it moves a coordinate whose eps is 0."""
+        delta = at_least_float32(delta)
+        return torch.where(delta == 0, 0.0, delta / self._eps_like(delta))
+
     def _shrink(self, delta: Tensor) -> Tensor:
-        """To scaled coordinates; a coordinate with eps 0 cannot move, and is 0 there."""
+        """To scaled coordinates, to be projected there; a coordinate whose eps is 0 cannot move, and is 0."""
         eps = self._eps_like(delta)
         if isinstance(eps, Tensor):
             return torch.where(eps > 0, delta / eps.where(eps > 0, 1.0), 0.0)
@@ -152,7 +158,7 @@ class Linf(ThreatModel):
     """
 
     def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
-        return _samples(self._shrink(at_least_float32(delta))).abs().amax(1)
+        return _samples(self._units(delta)).abs().amax(1)
 
     def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         return _samples(self._stretch(at_least_float32(grad))).abs().sum(1)
@@ -185,13 +191,13 @@ class L2(ThreatModel):
     """
 
     def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
-        return length(self._shrink(at_least_float32(delta)))
+        return length(self._units(delta))
 
     def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         return length(self._stretch(at_least_float32(grad)))
 
     def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
-        return self._stretch(unit(self._stretch(grad)))
+        return self._stretch(unit(self._stretch(at_least_float32(grad)))).to(grad.dtype)
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         r"""The nearest point, exact also where ball and box both bind.
@@ -200,26 +206,27 @@ class L2(ThreatModel):
         that brings it to length 1; between the sorted values of t at which a coordinate meets the box, the squared
         length is quadratic in t, so t has a closed form.
         """
-        u = _samples(self._shrink(delta))
+        u = _samples(self._shrink(at_least_float32(delta)))
         if box is None:
-            return self._stretch((u / length(u).clamp(min=1.0).unsqueeze(1)).view_as(delta))
+            return self._stretch((u / length(u).clamp(min=1.0).unsqueeze(1)).view_as(delta)).to(delta.dtype)
         low, high = (_samples(self._shrink(side.expand_as(delta))) for side in box)
         room = torch.where(u < 0, -low, high)
-        magnitude = u.abs()
-        meets = torch.where(magnitude > room, room / magnitude.clamp(min=torch.finfo(u.dtype).tiny), 1.0)
+        size = u.abs().amax(1, keepdim=True).clamp(min=1.0)  # keeps the squares below from overflowing; t is up to size
+        magnitude = u.abs() / size
+        meets = torch.minimum(room / magnitude.clamp(min=torch.finfo(u.dtype).tiny), size)
         order = meets.argsort(1)
         knots = meets.gather(1, order)
         met = room.square().gather(1, order).cumsum(1)  # squared length of the coordinates at the box ...
-        free = magnitude.square().gather(1, order).flip(1).cumsum(1).flip(1)  # ... and of the others, per t squared
         met = torch.cat([torch.zeros_like(met[:, :1]), met[:, :-1]], 1)
+        free = magnitude.square().gather(1, order).flip(1).cumsum(1).flip(1)  # ... and of the others, per t squared
         index = ((met + knots.square() * free) < 1).sum(1, keepdim=True).clamp(max=u.shape[1] - 1)
-        t = (
-            (1 - met.gather(1, index)).clamp(min=0) / free.gather(1, index).clamp(min=torch.finfo(u.dtype).tiny)
-        ).sqrt()
+        free = free.gather(1, index).clamp(min=torch.finfo(u.dtype).tiny)
+        t = ((1 - met.gather(1, index)).clamp(min=0.0) / free).sqrt()
         clipped = torch.minimum(torch.maximum(u, low), high)
-        scaled = torch.minimum(torch.maximum(u * t.clamp(max=1.0), low), high)
-        nearest = torch.where(length(clipped).unsqueeze(1) > 1, scaled, clipped)
-        return self._stretch((nearest / length(nearest).clamp(min=1.0).unsqueeze(1)).view_as(delta))
+        shortened = torch.minimum(torch.maximum(u / size * torch.minimum(t, size), low), high)
+        nearest = torch.where(length(clipped).unsqueeze(1) > 1, shortened, clipped)
+        nearest = nearest / length(nearest).clamp(min=1.0).unsqueeze(1)  # rounding may have left the ball
+        return self._stretch(nearest.view_as(delta)).to(delta.dtype)
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
         direction = unit(torch.empty_like(x).normal_(generator=generator))
@@ -259,19 +266,19 @@ class L1(ThreatModel):
         return L1(eps, self.density)
 
     def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
-        return _samples(self._shrink(at_least_float32(delta))).abs().sum(1)
+        return _samples(self._units(delta)).abs().sum(1)
 
     def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         return _samples(self._stretch(at_least_float32(grad))).abs().amax(1)
 
     def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
-        scaled = _samples(self._stretch(grad))
-        return self._stretch(_spread(scaled, scaled.abs(), count=1).view_as(grad))
+        scaled = _samples(self._stretch(at_least_float32(grad)))
+        return self._stretch(_spread(scaled, scaled.abs(), count=1).view_as(grad)).to(grad.dtype)
 
     def ascent(
         self, grad: Float[Tensor, "B *x"], delta: Float[Tensor, "B *x"], box: Box | None = None
     ) -> Float[Tensor, "B *x"]:
-        scaled = _samples(self._stretch(grad))
+        scaled = _samples(self._stretch(at_least_float32(grad)))
         merit = scaled.abs()
         if box is not None:
             low, high = (_samples(side.expand_as(delta)) for side in box)
@@ -279,7 +286,7 @@ class L1(ThreatModel):
             movable = torch.where(scaled < 0, flat > low, flat < high)
             merit = merit * movable
         count = max(1, round(self.density * scaled.shape[1]))
-        return self._stretch(_spread(scaled, merit, count).view_as(grad))
+        return self._stretch(_spread(scaled, merit, count).view_as(grad)).to(grad.dtype)
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         r"""The nearest point, exact also where ball and box both bind.
@@ -289,7 +296,7 @@ class L1(ThreatModel):
         :math:`\lambda`, with knots at :math:`|u|` and :math:`|u| - r`, so sorting the knots gives :math:`\lambda`
         exactly.
         """
-        u = _samples(self._shrink(delta))
+        u = _samples(self._shrink(at_least_float32(delta)))
         magnitude = u.abs()
         room = magnitude
         if box is not None:
@@ -307,7 +314,9 @@ class L1(ThreatModel):
         lam = (intercepts.gather(1, piece) - 1) / slopes.gather(1, piece).clamp(min=1)
         lam = torch.where(room.sum(1, keepdim=True) > 1, lam.clamp(min=0), 0.0)
         nearest = u.sign() * torch.minimum((magnitude - lam).clamp(min=0), room)
-        return self._stretch((nearest / nearest.abs().sum(1, keepdim=True).clamp(min=1.0)).view_as(delta))
+        return self._stretch((nearest / nearest.abs().sum(1, keepdim=True).clamp(min=1.0)).view_as(delta)).to(
+            delta.dtype
+        )
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
         magnitude = torch.empty_like(x).exponential_(generator=generator)
@@ -347,8 +356,9 @@ def unit(tensor: Tensor) -> Tensor:
     """The tensor scaled to length 1 per sample; 0 stays 0, with a zero gradient. No square overflows or underflows."""
     flat = _samples(tensor)
     largest = flat.detach().abs().amax(1, keepdim=True)
-    flat = flat * torch.where(largest > 0, 1 / largest, 0.0)
-    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=1.0)).view_as(tensor)
+    flat = torch.where(largest > 0, flat / largest.where(largest > 0, 1.0), 0.0)
+    size = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    return (flat / size.where(size > 0, 1.0)).view_as(tensor)
 
 
 def _samples(tensor: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""What every test starts from: one thread, a fixed seed, and shapes checked at run time unless a test says otherwise."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+
+hypothesis.settings.register_profile("gradreg", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("gradreg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As users run the library: no run-time check of annotations, so that its own messages are what is raised."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

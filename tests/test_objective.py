@@ -1,0 +1,558 @@
+"""The penalised objective: its gradients, the published formula, its equivalence to the explicit loop, its errors."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradreg import (
+    L1,
+    L2,
+    DoubleBackward,
+    EdgeAlignmentPenalty,
+    FiniteDifference,
+    GradNormPenalty,
+    GradregWarning,
+    Linf,
+    PenalizedLoss,
+    PenalizedModel,
+    Term,
+    class_scores,
+    constant,
+    edge_alignment,
+    grad_norm,
+    input_gradient,
+    linear_ramp,
+    predicted_class,
+    sampled_class,
+    true_class,
+    with_normalization,
+)
+
+from cases import (
+    CLASSES,
+    MODELS,
+    make_batch,
+    make_model,
+    parameters_of,
+    per_sample_cross_entropy,
+    relative_error,
+    soft_labels,
+)
+
+TERMS = {
+    "Linf": Term(GradNormPenalty(Linf(0.1)), weight=1.2),
+    "L2": Term(GradNormPenalty(L2(0.4)), weight=1.2),
+    "L1": Term(GradNormPenalty(L1(2.0)), weight=1.2),
+    "edges": Term(EdgeAlignmentPenalty(sigma=0.6), weight=0.5, of=true_class()),
+}
+
+
+def _objective(**terms: Term) -> PenalizedLoss:
+    return PenalizedLoss(per_sample_cross_entropy, terms or {"p": TERMS["Linf"]}, loss_weight=0.8)
+
+
+def _gradient(objective: PenalizedLoss, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(objective(model, x, y).total, parameters_of(model)))
+
+
+class TestGradients:
+    @pytest.mark.parametrize("model_name", [name for name in MODELS if name != "batch_norm_train"])
+    @pytest.mark.parametrize("term_name", TERMS)
+    def test_equal_central_differences_in_the_weights(self, model_name: str, term_name: str) -> None:
+        model, (x, y) = make_model(model_name), make_batch()
+        objective = _objective(p=TERMS[term_name])
+        gradient = _gradient(objective, model, x, soft_labels(y))
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(3):
+            direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters_of(model)]
+            slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
+            rise = self._along(objective, model, direction, x, soft_labels(y), 1e-6)
+            assert rise == pytest.approx(slope, rel=1e-6)
+
+    @staticmethod
+    def _along(
+        objective: PenalizedLoss, model: nn.Module, direction: list[Tensor], x: Tensor, y: Tensor, step: float
+    ) -> float:
+        totals = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(model)
+            with torch.no_grad():
+                for parameter, d in zip(parameters_of(moved), direction, strict=True):
+                    parameter.add_(sign * step * d)
+            totals.append(objective(moved, x, y).total.item())
+        return (totals[0] - totals[1]) / (2 * step)
+
+    def test_pass_gradcheck(self) -> None:
+        model, (x, y) = make_model("mlp"), make_batch(2)
+        names = [name for name, _ in model.named_parameters()]
+        objective = _objective(p=TERMS["L2"])
+
+        def total(*parameters: Tensor) -> Tensor:
+            values = dict(zip(names, parameters, strict=True))
+            return objective(lambda z: torch.func.functional_call(model, values, (z,)), x, y).total
+
+        assert torch.autograd.gradcheck(total, tuple(p.detach().requires_grad_() for p in model.parameters()))
+
+    def test_are_finite_at_a_zero_gradient(self) -> None:
+        model, (x, y) = make_model("mlp"), make_batch()
+        with torch.no_grad():
+            model[1].weight.zero_()
+        for term in TERMS.values():
+            with pytest.warns(GradregWarning, match="exactly 0"):
+                gradient = _gradient(_objective(p=term), model, x, y)
+            assert all(torch.isfinite(g).all() for g in gradient)
+
+
+class TestPublishedFormula:
+    r"""Rodríguez Muñoz 2024, equation 4.1 as the released code computes it, written out here from its description.
+
+    The criterion is the batch *mean* over soft mixup labels, so its gradient carries 1/B, which is multiplied back; pixels
+    are normalised with a scalar sigma, so that eps becomes eps/sigma.
+    """
+
+    eps, sigma, mean = 4 / 255, 0.225, 0.45
+
+    def _published(self, model: nn.Module, normalised: Tensor, y: Tensor) -> Tensor:
+        leaf = normalised.clone().requires_grad_()
+        loss = torch.sum(-y * F.log_softmax(model(leaf), dim=-1), dim=-1).mean()
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        norms = torch.stack([sample.abs().sum() for sample in grad])
+        return 0.8 * loss + 1.2 * (self.eps / self.sigma) * len(leaf) * norms.mean()
+
+    @pytest.mark.parametrize("name", ["conv", "attention", "group_norm"])
+    @pytest.mark.parametrize("batch", [1, 6])
+    def test_equals_the_objective_on_normalised_and_on_pixel_inputs(self, name: str, batch: int) -> None:
+        model, (pixels, y) = make_model(name), make_batch(batch)
+        mixed, normalised = soft_labels(y), (pixels - self.mean) / self.sigma
+        expected = self._published(model, normalised, mixed)
+        expected_gradient = list(torch.autograd.grad(expected, parameters_of(model)))
+
+        on_normalised = _objective(p=Term(GradNormPenalty(Linf(self.eps / self.sigma)), weight=1.2))
+        per_channel = torch.full((2, 1, 1), self.eps / self.sigma, dtype=torch.float64)
+        on_channels = _objective(p=Term(GradNormPenalty(Linf(per_channel)), weight=1.2))
+        on_pixels = _objective(p=Term(GradNormPenalty(Linf(self.eps)), weight=1.2))
+        wrapped = with_normalization(model, [self.mean] * 2, [self.sigma] * 2).double()
+        for objective, net, x in (
+            (on_normalised, model, normalised),
+            (on_channels, model, normalised),
+            (on_pixels, wrapped, pixels),
+        ):
+            # float32 mean and std of the layer are those of the formula only to 1e-8
+            tolerance = 1e-10 if net is model else 1e-6
+            out = objective(net, x, mixed)
+            assert relative_error(out.total, expected) < tolerance
+            found = list(torch.autograd.grad(out.total, parameters_of(model)))
+            assert relative_error(found, expected_gradient) < tolerance
+
+
+class TestEquivalences:
+    def test_the_object_is_the_explicit_loop(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        objective = _objective(grad_norm=TERMS["Linf"], edges=TERMS["edges"])
+        found = _gradient(objective, model, x, y)
+
+        leaf = x.clone().requires_grad_()
+        logits = model(leaf)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        norms = grad_norm(input_gradient(losses, leaf), Linf(0.1))
+        angles = edge_alignment(input_gradient(class_scores(logits, y), leaf), x, sigma=0.6)
+        total = 0.8 * losses.mean() + 1.2 * norms.mean() + 0.5 * angles.mean()
+        assert relative_error(found, list(torch.autograd.grad(total, parameters_of(model)))) < 1e-12
+
+    @pytest.mark.parametrize("differentiation", [DoubleBackward(), FiniteDifference(0.25)])
+    def test_micro_batches_are_the_batch(self, differentiation: object) -> None:
+        model, (x, y) = make_model("group_norm"), make_batch(6)
+        objective = PenalizedLoss(per_sample_cross_entropy, {"p": TERMS["Linf"]}, differentiation=differentiation)
+        whole = _gradient(objective, model, x, y)
+        parts = [_gradient(objective, model, x[rows], y[rows]) for rows in (slice(0, 3), slice(3, 6))]
+        assert relative_error([(a + b) / 2 for a, b in zip(*parts, strict=True)], whole) < 1e-12
+
+    def test_inner_scale_changes_nothing_in_float64(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        scaled = PenalizedLoss(per_sample_cross_entropy, {"p": TERMS["Linf"]}, loss_weight=0.8, inner_scale=1024.0)
+        assert relative_error(_gradient(scaled, model, x, y), _gradient(_objective(), model, x, y)) < 1e-12
+
+    def test_penalized_model_is_the_objective_on_the_model(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        together = PenalizedModel(model, _objective())
+        assert torch.equal(together(x, y).total, _objective()(model, x, y).total)
+        assert [name for name, _ in together.named_parameters()] == [f"model.{n}" for n, _ in model.named_parameters()]
+
+
+class TestWork:
+    """What is computed, and how often."""
+
+    def _counting(self, model: nn.Module) -> tuple[nn.Module, list[int]]:
+        calls = [0]
+        model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        return model, calls
+
+    def test_terms_share_one_forward_and_one_gradient_per_score(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import gradreg.scoring
+
+        taken: list[Tensor] = []
+
+        def spy(losses: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:
+            taken.append(losses)
+            return input_gradient(losses, x, create_graph=create_graph)
+
+        monkeypatch.setattr(gradreg.scoring, "input_gradient", spy)
+        (model, calls), (x, y) = self._counting(make_model("conv")), make_batch()
+        _objective(a=TERMS["Linf"], b=TERMS["L2"], c=TERMS["edges"], d=TERMS["edges"])(model, x, y)
+        assert calls == [1]
+        assert len(taken) == 2
+
+    def test_equal_selectors_draw_one_class(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch(64)
+        seen: list[Tensor] = []
+
+        def remember(grad: Tensor, x: Tensor) -> Tensor:
+            seen.append(grad)
+            return grad.flatten(1).sum(1)
+
+        term = Term(remember, of=sampled_class(5.0))
+        _objective(a=term, b=Term(remember, of=sampled_class(5.0)), c=Term(remember, of=sampled_class(4.0)))(
+            model, x, y
+        )
+        assert torch.equal(seen[0], seen[1])
+        assert not torch.equal(seen[0], seen[2])
+
+    def test_a_term_without_weight_costs_nothing_and_is_not_reported(self) -> None:
+        (model, _), (x, y) = self._counting(make_model("conv")), make_batch()
+
+        def never(grad: Tensor, x: Tensor) -> Tensor:
+            raise AssertionError("a term of weight 0 was evaluated")
+
+        objective = _objective(
+            ramp=Term(never, weight=linear_ramp(1.0, duration=10)), off=Term(never, weight=0.0, of=true_class())
+        )
+        out = objective(model, x, y, t=0)
+        assert out.penalties == {}
+        assert torch.allclose(out.total, 0.8 * out.loss, rtol=1e-15)
+        assert _graph_size(out.total) == _graph_size((0.8 * per_sample_cross_entropy(model(x), y)).mean())
+
+    def test_the_input_is_left_as_it_was(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        before = x.clone()
+        for requires_grad in (False, True):
+            x.requires_grad_(requires_grad)
+            _objective()(model, x, y).total.backward()
+            assert torch.equal(x, before)
+            assert x.requires_grad is requires_grad
+            assert x.grad is None
+
+    def test_a_first_layer_that_works_in_place_is_harmless(self) -> None:
+        _, (x, y) = None, make_batch()
+        head = make_model("conv")
+        in_place = nn.Sequential(nn.SiLU(inplace=True), head)
+        out_of_place = nn.Sequential(nn.SiLU(), head)
+        before = x.clone()
+        found = _gradient(_objective(), in_place, x, y)
+        assert torch.equal(x, before)
+        assert relative_error(found, _gradient(_objective(), out_of_place, x, y)) < 1e-12
+
+
+def _graph_size(tensor: Tensor) -> int:
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return len(seen)
+
+
+class TestWeights:
+    def test_schedules_follow_the_clock(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        objective = PenalizedLoss(
+            per_sample_cross_entropy,
+            {"p": Term(GradNormPenalty(Linf(0.1)), weight=linear_ramp(2.0, duration=10))},
+            loss_weight=constant(0.5),
+        )
+        out = objective(model, x, y, t=5)
+        assert torch.allclose(out.total, 0.5 * out.loss + 1.0 * out.penalties["p"].mean(), rtol=1e-12)
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_a_schedule_needs_the_clock(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        with pytest.raises(ValueError, match="t=step"):
+            _objective(p=Term(GradNormPenalty(Linf(0.1)), weight=linear_ramp(2.0, duration=10)))(model, x, y)
+
+    @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+    def test_must_be_finite_and_not_negative(self, weight: float) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        with pytest.raises(ValueError, match="finite and at least 0"):
+            Term(GradNormPenalty(Linf(0.1)), weight=weight)
+        with pytest.raises(ValueError, match="finite and at least 0"):
+            PenalizedLoss(per_sample_cross_entropy, {}, loss_weight=weight)
+        with pytest.raises(ValueError, match="finite and at least 0"):
+            _objective(p=Term(GradNormPenalty(Linf(0.1)), weight=constant(weight)))(model, x, y, t=0)
+
+
+class TestScores:
+    def test_of_a_class_differentiates_that_logit(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        leaf = x.clone().requires_grad_()
+        logits = model(leaf)
+        for selector, classes in ((true_class(), y), (predicted_class(), logits.argmax(1))):
+            out = _objective(p=Term(GradNormPenalty(L2(1.0)), of=selector))(model, x, y)
+            grad = input_gradient(class_scores(logits, classes), leaf)
+            assert torch.allclose(out.penalties["p"], grad.flatten(1).norm(dim=1), rtol=1e-10)
+
+    def test_given_classes_replace_the_choice(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        drawn = Term(GradNormPenalty(L2(1.0)), of=sampled_class(0.5))
+        given = _objective(p=drawn)(model, x, y, classes=y)
+        assert torch.equal(
+            given.total, _objective(p=Term(GradNormPenalty(L2(1.0)), of=true_class()))(model, x, y).total
+        )
+
+    def test_soft_and_hard_labels_agree(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        one_hot = F.one_hot(y, CLASSES).double()
+        assert relative_error(_gradient(_objective(), model, x, one_hot), _gradient(_objective(), model, x, y)) < 1e-12
+
+    def test_any_per_sample_loss_will_do(self) -> None:
+        model, (x, _) = make_model("conv"), make_batch()
+        y = torch.rand(5, CLASSES, dtype=torch.float64)
+
+        def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
+            return (prediction - y).square().sum(1)
+
+        objective = PenalizedLoss(squared_error, {"p": Term(GradNormPenalty(L2(1.0)))})
+        leaf = x.clone().requires_grad_()
+        expected = input_gradient(squared_error(model(leaf), y), leaf).flatten(1).norm(dim=1)
+        assert torch.allclose(objective(model, x, y).penalties["p"], expected, rtol=1e-12)
+
+
+class TestContracts:
+    @pytest.mark.parametrize("name", TERMS)
+    def test_state_pickle_copy_repr(self, name: str) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        objective = _objective(p=TERMS[name])
+        expected = objective(model, x, y).total
+        assert objective.state_dict() == {}
+        for twin in (pickle.loads(pickle.dumps(objective)), copy.deepcopy(objective)):
+            assert torch.equal(twin(model, x, y).total, expected)
+            assert repr(twin) == repr(objective)
+        assert "p=" in repr(objective) or "'p'" in repr(objective)
+
+    @pytest.mark.parametrize("differentiation", [DoubleBackward(), FiniteDifference(threat=Linf(0.1))])
+    def test_nothing_of_the_model_is_changed(self, differentiation: object) -> None:
+        model, (x, y) = make_model("batch_norm_eval"), make_batch()
+        model[0].train()
+        flags = [module.training for module in model.modules()]
+        state = copy.deepcopy(model.state_dict())
+        objective = PenalizedLoss(per_sample_cross_entropy, TERMS, differentiation=differentiation)
+        objective(model, x, y)
+        assert [module.training for module in model.modules()] == flags
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+    def test_safe_after_an_exception(self) -> None:
+        model, (x, y) = make_model("batch_norm_train"), make_batch()
+        flags = [module.training for module in model.modules()]
+
+        class RefusedError(Exception):
+            pass
+
+        calls = [0]
+
+        def fails_later(module: nn.Module, args: object) -> None:
+            calls[0] += 1
+            if calls[0] > 1:
+                raise RefusedError
+
+        model[-1].register_forward_pre_hook(fails_later)
+        objective = PenalizedLoss(per_sample_cross_entropy, {"p": TERMS["Linf"]}, differentiation=FiniteDifference())
+        with pytest.raises(RefusedError):
+            objective(model, x, y)
+        assert [module.training for module in model.modules()] == flags
+        assert all(module.track_running_stats for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+class TestPrecision:
+    def _gradients(self, dtype: torch.dtype | None, inner_scale: float = 1.0, factor: float = 1.0) -> list[Tensor]:
+        model, (x, y) = make_model("conv", torch.float32), make_batch(dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model[0].parameters():
+                parameter.mul_(factor)
+        objective = PenalizedLoss(
+            per_sample_cross_entropy, {"p": TERMS["Linf"], "e": TERMS["edges"]}, inner_scale=inner_scale
+        )
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            out = objective(model, x, y)
+        assert out.penalties["p"].dtype == out.penalties["e"].dtype == torch.float32
+        return list(torch.autograd.grad(out.total, parameters_of(model)))
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+    def test_autocast_is_close_to_float32(self, dtype: torch.dtype, tolerance: float) -> None:
+        assert relative_error(self._gradients(dtype), self._gradients(None)) < tolerance
+
+    def test_float32_is_close_to_float64(self) -> None:
+        doubles = make_model("conv")
+        exact = _gradient(_objective(), doubles, *make_batch())
+        singles = _gradient(_objective(), make_model("conv", torch.float32), *make_batch(dtype=torch.float32))
+        assert relative_error([g.double() for g in singles], exact) < 1e-5
+
+    def test_inner_scale_saves_what_float16_would_lose(self) -> None:
+        """A criterion with tiny slopes: without a scale every input gradient flushes to zero in float16."""
+        model, (x, y) = make_model("conv", torch.float32), make_batch(dtype=torch.float32)
+
+        def faint(logits: Tensor, y: Tensor) -> Tensor:
+            return 1e-7 * F.cross_entropy(logits, y, reduction="none")
+
+        def measured(inner_scale: float, dtype: torch.dtype | None) -> Tensor:
+            objective = PenalizedLoss(faint, {"p": Term(GradNormPenalty(Linf(1e4)))}, inner_scale=inner_scale)
+            normalised = (x - 0.5) * 4
+            with torch.autocast("cpu", dtype=dtype or torch.float16, enabled=dtype is not None):
+                return objective(model, normalised, y).penalties["p"].detach()
+
+        exact = measured(1.0, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GradregWarning)
+            lost = relative_error(measured(1.0, torch.float16), exact)
+        assert lost > 0.5
+        assert relative_error(measured(2.0**16, torch.float16), exact) < 0.02
+
+
+@pytest.mark.usefixtures("unchecked")
+class TestBadInput:
+    """Each row of DESIGN.md section 5 that an objective can see: a message with the mend, and nothing half-changed."""
+
+    def _fails(
+        self, error: type[Exception], match: str, model: object, x: Tensor, y: Tensor, **options: object
+    ) -> None:
+        objective = PenalizedLoss(options.pop("criterion", per_sample_cross_entropy), {"p": TERMS["Linf"]}, **options)
+        with pytest.raises(error, match=match):
+            objective(model, x, y)
+        if isinstance(model, nn.Module):
+            assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_images_of_bytes(self) -> None:
+        _, y = make_batch()
+        x = torch.randint(0, 256, (5, 2, 6, 6), dtype=torch.uint8)
+        self._fails(TypeError, r"x.float\(\) / 255", make_model("conv"), x, y)
+
+    def test_not_a_number(self) -> None:
+        x, y = make_batch()
+        x[2, 0, 0, 0] = float("nan")
+        self._fails(ValueError, "1 values that are NaN", make_model("conv"), x, y)
+
+    def test_no_batch(self) -> None:
+        x, y = make_batch()
+        self._fails(ValueError, "at least one sample", make_model("conv"), x[:0], y[:0])
+
+    def test_ignored_label(self) -> None:
+        x, y = make_batch()
+        y[0] = -100
+        self._fails(ValueError, "-100", make_model("conv"), x, y)
+
+    def test_label_out_of_range(self) -> None:
+        x, y = make_batch()
+        y[0] = CLASSES
+        self._fails(ValueError, "4 classes, 0 to 3", make_model("conv"), x, y)
+
+    @pytest.mark.parametrize(
+        ("mangle", "error", "match"),
+        [
+            (lambda y: y.int(), TypeError, r"y.long\(\)"),
+            (lambda y: y.double(), TypeError, r"y.long\(\)"),
+            (lambda y: y[:, None], ValueError, r"y.squeeze\(1\)"),
+            (lambda y: F.one_hot(y, CLASSES), TypeError, "as real numbers"),
+            (lambda y: F.one_hot(y, CLASSES + 1).double(), ValueError, r"probabilities of shape \(5, 4\)"),
+            (lambda y: y[:3], ValueError, r"classes of shape \(5,\)"),
+        ],
+    )
+    def test_labels_of_another_kind(self, mangle: object, error: type[Exception], match: str) -> None:
+        x, y = make_batch()
+        self._fails(error, match, make_model("conv"), x, mangle(y))
+
+    @pytest.mark.parametrize("wrap", [lambda out: (out, out), lambda out: {"logits": out}])
+    def test_a_model_that_returns_no_tensor(self, wrap: object) -> None:
+        model = make_model("conv")
+        self._fails(TypeError, "lambda x: model", lambda z: wrap(model(z)), *make_batch())
+
+    def test_a_criterion_that_averages(self) -> None:
+        self._fails(ValueError, 'reduction="none"', make_model("conv"), *make_batch(), criterion=nn.CrossEntropyLoss())
+
+    def test_disabled_grad(self) -> None:
+        with torch.no_grad():
+            self._fails(RuntimeError, "no_grad", make_model("conv"), *make_batch())
+        with torch.inference_mode():
+            self._fails(RuntimeError, "inference_mode", make_model("conv"), *make_batch())
+
+    def test_inference_tensors_are_copied(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        expected = _gradient(_objective(), model, x, y)
+        with torch.inference_mode():
+            x, y = x.clone(), y.clone()
+        assert relative_error(_gradient(_objective(), model, x, y), expected) == 0
+
+    def test_all_parameters_frozen(self) -> None:
+        model = make_model("conv").requires_grad_(False)
+        self._fails(RuntimeError, "frozen", model, *make_batch())
+
+    def test_some_parameters_frozen_is_fine(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        everything = dict(zip(model.parameters(), _gradient(_objective(), model, x, y), strict=True))
+        model[0].requires_grad_(False)
+        found = _gradient(_objective(), model, x, y)
+        assert relative_error(found, [everything[p] for p in parameters_of(model)]) < 1e-12
+
+    def test_a_front_end_without_a_slope(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        with pytest.warns(GradregWarning, match="rounding"):
+            _objective()(lambda z: model(torch.round(z * 255) / 255), x, y)
+
+    def test_a_saturated_loss(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        with pytest.warns(GradregWarning, match="saturated"):
+            _objective()(lambda z: model(z) * 0 + 1e4 * z.new_ones(1) * F.one_hot(y, CLASSES), x, y)
+
+    def test_a_model_that_detaches(self) -> None:
+        model = make_model("conv")
+        self._fails(RuntimeError, "do not depend on x", lambda z: model(z.detach()), *make_batch())
+
+    @pytest.mark.parametrize("eps", [4, 1.0, torch.full((2, 1, 1), 8.0)])
+    def test_eps_in_another_unit(self, eps: float | Tensor) -> None:
+        x, y = make_batch()
+        objective = PenalizedLoss(per_sample_cross_entropy, {"p": Term(GradNormPenalty(Linf(eps)))})
+        with pytest.raises(ValueError, match=r"Linf\(4 / 255\), not Linf\(4\)"):
+            objective(make_model("conv"), x, y)
+
+    def test_normalised_twice(self) -> None:
+        x, y = make_batch()
+        model = with_normalization(make_model("conv"), [0.5] * 2, [0.2] * 2).double()
+        self._fails(ValueError, "normalised already", model, (x - 0.5) / 0.2, y)
+        self._fails(ValueError, "0 to 255", model, x * 255, y)
+
+    def test_piecewise_linear_activations_are_named_once(self) -> None:
+        x, y = make_batch()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
+        with pytest.warns(GradregWarning, match=r"smoothify\(model\)"):
+            _objective()(model, x, y)
+        _objective()(model, x, y)
+
+    def test_a_compiled_model_is_named(self) -> None:
+        x, y = make_batch()
+        with pytest.warns(GradregWarning, match="Compile the whole step"):
+            _objective()(torch.compile(make_model("conv"), backend="eager"), x, y)
+
+    def test_what_is_no_term(self) -> None:
+        with pytest.raises(TypeError, match=r"Term\(penalty, weight\)"):
+            PenalizedLoss(per_sample_cross_entropy, {"p": GradNormPenalty(Linf(0.1))})
+        with pytest.raises(TypeError, match=r"sampled_class\(0.5\)"):
+            Term(GradNormPenalty(Linf(0.1)), of="loss")
+
+    def test_inner_scale(self) -> None:
+        with pytest.raises(ValueError, match="inner_scale"):
+            PenalizedLoss(per_sample_cross_entropy, {}, inner_scale=0.0)
