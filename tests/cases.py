@@ -1,11 +1,24 @@
 """Small models and batches that the tests share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradreg import (
+    L1,
+    L2,
+    EdgeAlignmentPenalty,
+    GradNormPenalty,
+    Linf,
+    PenalizedLoss,
+    Term,
+    linear_ramp,
+    true_class,
+)
 
 CLASSES = 4
 per_sample_cross_entropy = nn.CrossEntropyLoss(reduction="none")
@@ -92,3 +105,26 @@ def relative_error(found: Tensor | list[Tensor], expected: Tensor | list[Tensor]
     expected = [expected] if isinstance(expected, Tensor) else expected
     difference = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
     return difference / max(b.abs().max().item() for b in expected)
+
+
+OBJECTIVES = {
+    "grad_norm Linf": {"p": Term(GradNormPenalty(Linf(0.1)), 1.2)},
+    "grad_norm L2": {"p": Term(GradNormPenalty(L2(0.4)), 1.2)},
+    "grad_norm L1": {"p": Term(GradNormPenalty(L1(2.0)), 1.2)},
+    "edges": {"p": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5, of=true_class())},
+    "both": {
+        "g": Term(GradNormPenalty(Linf(0.1)), linear_ramp(1.2, duration=10)),
+        "e": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5, of=true_class()),
+    },
+}
+FUNCTIONAL = [name for name in MODELS if name != "batch_norm_train"]  # torch.func forbids moving statistics
+
+
+def make_objective(name: str, **options: Any) -> PenalizedLoss:
+    """One of OBJECTIVES on cross-entropy."""
+    return PenalizedLoss(per_sample_cross_entropy, OBJECTIVES[name], loss_weight=0.8, **options)
+
+
+def objective_gradient(objective: PenalizedLoss, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The gradient of the total at step 5 with respect to the trainable parameters, taken eagerly."""
+    return list(torch.autograd.grad(objective(model, x, y, t=5).total, parameters_of(model)))

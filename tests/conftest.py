@@ -1,5 +1,6 @@
-"""What every test starts from: one thread, a fixed seed, and shapes checked at run time unless a test says otherwise."""
+"""What every test starts from: one thread, a fixed seed, and shapes checked at run time unless told otherwise."""
 
+import warnings
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,10 @@ import torch
 hypothesis.settings.register_profile("gradreg", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("gradreg")
 torch.set_num_threads(1)
+with warnings.catch_warnings():
+    # PyTorch's first use of forward-mode AD compiles its rules with its own, deprecated, torch.jit.script.
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
 @pytest.fixture(autouse=True)

@@ -239,13 +239,13 @@ class L1(ThreatModel):
     r"""Sum of absolute changes at most eps: :math:`\|\delta/\varepsilon\|_1 \le 1`.
 
     Its dual norm is :math:`\|\varepsilon g\|_\infty`, reached by moving the single coordinate of the largest
-    :math:`|\varepsilon g|`. Iterated attacks would crawl along one coordinate at a time and stall at the edge of the
-    pixel range, so their step (:meth:`ascent`) moves the best :attr:`density` of the coordinates that can still move,
-    and the projection honours ball and box together (Croce & Hein, "Mind the Box: l1-APGD for Sparse Adversarial
-    Attacks on Image Classifiers", ICML 2021).
+    :math:`|\varepsilon g|`. An iterated attack would crawl along one coordinate at a time and stall at the edge of the
+    pixel range, so its step (:meth:`ascent`) is spread over the steepest coordinates, :attr:`density` of them or more
+    where their room is used up, and the projection honours ball and box together (after Croce & Hein, "Mind the Box:
+    l1-APGD for Sparse Adversarial Attacks on Image Classifiers", ICML 2021).
 
     Attributes:
-        density: Fraction of the coordinates that one attack step moves, at least one.
+        density: Fraction of the coordinates over which an attack step is spread, at least one.
 
     Example:
         >>> threat = L1(eps=0.5)
@@ -273,20 +273,17 @@ class L1(ThreatModel):
 
     def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
         scaled = _samples(self._stretch(at_least_float32(grad)))
-        return self._stretch(_spread(scaled, scaled.abs(), count=1).view_as(grad)).to(grad.dtype)
+        return self._stretch(_filled(scaled, torch.ones_like(scaled)).view_as(grad)).to(grad.dtype)
 
     def ascent(
         self, grad: Float[Tensor, "B *x"], delta: Float[Tensor, "B *x"], box: Box | None = None
     ) -> Float[Tensor, "B *x"]:
         scaled = _samples(self._stretch(at_least_float32(grad)))
-        merit = scaled.abs()
+        capacity = torch.full_like(scaled, 1 / max(1, round(self.density * scaled.shape[1])))
         if box is not None:
-            low, high = (_samples(side.expand_as(delta)) for side in box)
-            flat = _samples(delta)
-            movable = torch.where(scaled < 0, flat > low, flat < high)
-            merit = merit * movable
-        count = max(1, round(self.density * scaled.shape[1]))
-        return self._stretch(_spread(scaled, merit, count).view_as(grad)).to(grad.dtype)
+            low, high = (_samples(self._shrink(side.expand_as(delta) - delta)) for side in box)
+            capacity = torch.minimum(capacity, torch.where(scaled < 0, -low, high).clamp(min=0.0))
+        return self._stretch(_filled(scaled, capacity).view_as(grad)).to(grad.dtype)
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         r"""The nearest point, exact also where ball and box both bind.
@@ -348,7 +345,7 @@ def length(tensor: Tensor) -> Tensor:
     """Euclidean norm per sample, with a zero gradient at 0 and no overflow or underflow of the squares."""
     flat = _samples(tensor)
     largest = flat.detach().abs().amax(1, keepdim=True)
-    largest = largest.where(largest > 0, 1.0)
+    largest = largest.where((largest > 0) & largest.isfinite(), 1.0)
     return torch.linalg.vector_norm(flat / largest, dim=1) * largest.squeeze(1)
 
 
@@ -377,12 +374,16 @@ def _radius_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return uniform.pow(1 / max(1, x[0].numel())).view(_column(x))
 
 
-def _spread(values: Tensor, merit: Tensor, count: int) -> Tensor:
-    """Signs of the values at the coordinates of the highest merit, of L1 norm 1; coordinates of merit 0 do not move."""
-    best, index = merit.topk(count, dim=1)
-    moves = values.gather(1, index).sign() * (best > 0)
-    moves = moves / moves.abs().sum(1, keepdim=True).clamp(min=1)
-    return torch.zeros_like(values).scatter(1, index, moves)
+def _filled(slope: Tensor, capacity: Tensor) -> Tensor:
+    """The vector of L1 norm at most 1 and coordinates at most capacity along which a linear function rises most.
+
+    It fills the steepest coordinates to their capacity, one after the other, until the norm is used up.
+    """
+    order = (slope.abs() * (capacity > 0)).argsort(1, descending=True)
+    capacity = capacity.gather(1, order)
+    used = capacity.cumsum(1) - capacity
+    moves = torch.minimum((1 - used).clamp(min=0.0), capacity)
+    return torch.zeros_like(slope).scatter(1, order, moves) * slope.sign()
 
 
 def _transformed(tensor: Tensor) -> bool:

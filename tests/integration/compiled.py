@@ -1,0 +1,78 @@
+"""Whole-step torch.compile without a graph break (backend aot_eager: the same tracing, no code generation).
+
+Dynamo cannot trace the run-time checks of annotations under which the other tests run, so this file is no test of
+theirs: test_compile.py runs it in a process of its own, as users have the library.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from gradreg import EdgeAlignmentPenalty, FiniteDifference, Linf, PenalizedLoss, Term, sampled_class
+
+from cases import (
+    FUNCTIONAL,
+    OBJECTIVES,
+    make_batch,
+    make_model,
+    make_objective,
+    objective_gradient,
+    parameters_of,
+    per_sample_cross_entropy,
+    relative_error,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("objective_name", OBJECTIVES)
+def test_objectives(objective_name: str) -> None:
+    _check(make_model("conv"), make_objective(objective_name))
+
+
+@pytest.mark.parametrize("model_name", [*FUNCTIONAL, "batch_norm_train"])
+def test_models(model_name: str) -> None:
+    _check(make_model(model_name), make_objective("both"))
+
+
+def _check(model: nn.Module, objective: PenalizedLoss) -> None:
+    x, y = make_batch()
+    twin = make_model("batch_norm_train") if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else None
+    expected = objective_gradient(objective, model, x, y)
+    if twin is not None and model.training:  # eager has moved the statistics once; so must compiled
+        model.load_state_dict(twin.state_dict())
+        twin(x)
+    step = torch.compile(lambda x, y: objective(model, x, y, t=5).total, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(step(x, y), parameters_of(model))
+    assert relative_error(list(found), expected) < 1e-12
+    if twin is not None and model.training:
+        assert all(torch.allclose(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_dropout_draws_classes_and_trains() -> None:
+    model, (x, y) = make_model("dropout_eval").train(), make_batch()
+    terms = {"e": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5, of=sampled_class(0.5))}
+    objective = PenalizedLoss(per_sample_cross_entropy, terms)
+    step = torch.compile(lambda x, y: objective(model, x, y).total, backend="aot_eager", fullgraph=True)
+    gradient = torch.autograd.grad(step(x, y), parameters_of(model))
+    assert all(torch.isfinite(g).all() for g in gradient)
+    assert any(bool(g.any()) for g in gradient)
+
+
+# Dynamo looks at the .grad of the non-leaf that a compiled model is given, and hides the warning of that from all but
+# -W error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_model_with_finite_differences() -> None:
+    """Double backward raises there; finite differences need none."""
+    model, (x, y) = make_model("conv"), make_batch()
+    objective = make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1)))
+    expected = objective_gradient(objective, model, x, y)
+    found = objective_gradient(objective, torch.compile(model, backend="aot_eager", fullgraph=True), x, y)
+    assert relative_error(found, expected) < 1e-10
