@@ -97,12 +97,32 @@ def test_every_model_under_grad(model_name: str) -> None:
     assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-12
 
 
-def test_finite_differences_under_grad() -> None:
+def test_batch_norm_in_training_mode_under_functional_call() -> None:
+    model, twin, (x, y) = make_model("batch_norm_train"), make_model("batch_norm_train"), make_batch()
+    parameters = {name: value.requires_grad_() for name, value in _parameters(model).items()}
+    total = _total(make_objective("both"), model, parameters, x, y)
+    found = torch.autograd.grad(total, list(parameters.values()))
+    assert relative_error(list(found), objective_gradient(make_objective("both"), twin, x, y)) < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_finite_differences_under_grad_vmap_and_jvp(scheme: str) -> None:
     model, (x, y) = make_model("conv"), make_batch()
-    for scheme in ("forward", "central"):
-        objective = make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme))
-        found = grad(lambda p, objective=objective: _total(objective, model, p, x, y))(_parameters(model))
-        assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-10
+    objective = make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme))
+    expected = objective_gradient(objective, model, x, y)
+
+    whole = grad(lambda p: _total(objective, model, p, x, y))(_parameters(model))
+    assert relative_error(list(whole.values()), expected) < 1e-10
+
+    of_sample = grad(lambda p, x, y: _total(objective, model, p, x[None], y[None]))
+    parts = vmap(of_sample, in_dims=(None, 0, 0))(_parameters(model), x, y)
+    assert relative_error([part.mean(0) for part in parts.values()], expected) < 1e-10
+
+    tangents = {name: torch.randn_like(value) for name, value in _parameters(model).items()}
+    _, slope = jvp(lambda p: _total(objective, model, p, x, y), (_parameters(model),), (tangents,))
+    product = sum((g * t).sum() for g, t in zip(expected, tangents.values(), strict=True))
+    assert relative_error(slope, product) < 1e-9
 
 
 def test_classes_may_be_drawn_inside_vmap() -> None:

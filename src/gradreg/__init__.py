@@ -1,6 +1,6 @@
 """Input-gradient regularisation for PyTorch: adversarial robustness from clean images, in any training loop."""
 
-from gradreg.attacks import FGSM, Attack, NFGSM, PGDAttack, pgd
+from gradreg.attacks import FGSM, NFGSM, Attack, PGDAttack, pgd
 from gradreg.checks import GradregWarning
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.edges import contour_energy, oriented_energy
@@ -8,8 +8,56 @@ from gradreg.gradients import input_gradient, input_gradient_of
 from gradreg.normalization import Normalize, with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
 from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, edge_alignment, grad_norm
+from gradreg.preflight import PreflightReport, preflight
 from gradreg.schedules import Schedule, constant, cosine_ramp, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
+from gradreg.smooth import SmoothReport, find_nonsmooth, smoothify
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
+
+__all__ = [
+    "FGSM",
+    "L1",
+    "L2",
+    "NFGSM",
+    "Attack",
+    "ClassSelector",
+    "Differentiation",
+    "DoubleBackward",
+    "EdgeAlignmentPenalty",
+    "FiniteDifference",
+    "GradNormPenalty",
+    "GradregWarning",
+    "Linf",
+    "Normalize",
+    "PGDAttack",
+    "PenalizedLoss",
+    "PenalizedModel",
+    "PenalizedOutput",
+    "Penalty",
+    "PreflightReport",
+    "Schedule",
+    "SmoothReport",
+    "Term",
+    "ThreatModel",
+    "class_scores",
+    "constant",
+    "contour_energy",
+    "cosine_ramp",
+    "edge_alignment",
+    "find_nonsmooth",
+    "grad_norm",
+    "input_gradient",
+    "input_gradient_of",
+    "join",
+    "linear_ramp",
+    "oriented_energy",
+    "pgd",
+    "predicted_class",
+    "preflight",
+    "sampled_class",
+    "smoothify",
+    "true_class",
+    "with_normalization",
+]
 
 __version__ = "0.1.0.dev0"

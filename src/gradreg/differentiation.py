@@ -45,6 +45,13 @@ class DoubleBackward(Differentiation):
     A step costs about twice a natural one. It needs a second derivative of every operation in the model:
     :func:`gradreg.preflight` tells whether yours has them. (Drucker & LeCun, "Improving generalization performance
     using double backpropagation", IEEE Transactions on Neural Networks 1992.)
+
+    Example:
+        >>> from gradreg import GradNormPenalty, Linf, PenalizedLoss, Term
+        >>> criterion = torch.nn.CrossEntropyLoss(reduction="none")
+        >>> term = Term(GradNormPenalty(Linf(8 / 255)))
+        >>> PenalizedLoss(criterion, {"grad_norm": term}, differentiation=DoubleBackward()).differentiation
+        DoubleBackward()
     """
 
     def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
@@ -75,6 +82,13 @@ class FiniteDifference(Differentiation):
 
     Raises:
         ValueError: If step is not above 0 or the scheme is unknown; and, when called, if no threat model is known.
+
+    Example:
+        >>> from gradreg import EdgeAlignmentPenalty, Linf, PenalizedLoss, Term, sampled_class
+        >>> criterion = torch.nn.CrossEntropyLoss(reduction="none")
+        >>> term = Term(EdgeAlignmentPenalty(), of=sampled_class(0.5))
+        >>> difference = FiniteDifference(step=0.25, threat=Linf(8 / 255))
+        >>> objective = PenalizedLoss(criterion, {"edges": term}, differentiation=difference)
     """
 
     step: float = 0.25

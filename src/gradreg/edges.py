@@ -73,8 +73,8 @@ def contour_energy(x: Float[Tensor, "B C H W"], *, sigma: float = 1.0) -> Float[
         ValueError: If x is no batch of images, sigma is not above 0, or the images are too small for the filter.
 
     Example:
-        >>> contour_energy(torch.ones(1, 3, 9, 9)).abs().max()
-        tensor(0.)
+        >>> bool(contour_energy(torch.ones(1, 3, 9, 9)).max() < 1e-6)
+        True
     """
     offsets = _offsets(x, sigma, "contour_energy")
     gaussian = _discrete_gaussian(offsets, sigma)

@@ -13,6 +13,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 RandomState = tuple[Tensor, Tensor | None]
 
+# Of timm and torchvision, neither of which is imported here.
+_RANDOM_DEPTH = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")
+
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
@@ -74,11 +77,9 @@ def dropouts(model: object) -> list[nn.Module]:
 
 
 def _drop_rate(module: nn.Module) -> float:
-    if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
-        return float(getattr(module, "p", 0.0))
-    if type(module).__name__ in ("DropPath", "DropBlock2d"):
-        return float(getattr(module, "drop_prob", None) or 0.0)
-    return 0.0
+    if not isinstance(module, _DropoutNd) and type(module).__name__ not in _RANDOM_DEPTH:
+        return 0.0
+    return float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
 
 
 def random_state(device: torch.device) -> RandomState:

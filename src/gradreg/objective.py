@@ -20,6 +20,7 @@ from gradreg.scoring import Criterion, EagerForward, Forward, Model, Transformed
 from gradreg.selectors import ClassSelector
 from gradreg.smooth import find_nonsmooth
 from gradreg.threat_models import Linf
+from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_static
 
 
 @final
@@ -210,7 +211,7 @@ class PenalizedLoss(nn.Module):
                 "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would "
                 "be trained."
             )
-        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+        if is_static(model):
             raise RuntimeError(
                 "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
                 "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
@@ -267,7 +268,7 @@ _inspected: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 def _check_double_backward(model: nn.Module) -> None:
     """Raise or warn where a wrapper or the activations of the model stand in the way of double backward."""
-    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__) and _reshards_after_backward(model):
+    if any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
         raise RuntimeError(
             "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
             "again. Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every "
@@ -277,7 +278,7 @@ def _check_double_backward(model: nn.Module) -> None:
     if model in _inspected:
         return
     _inspected.add(model)
-    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+    if is_compiled(model):
         warnings.warn(
             "PenalizedLoss: the model is compiled, and torch.compile has no double backward outside of the compiled "
             "region. Compile the whole step instead, use differentiation=FiniteDifference(), or see "
@@ -285,7 +286,7 @@ def _check_double_backward(model: nn.Module) -> None:
             checks.GradregWarning,
             stacklevel=4,
         )
-    piecewise_linear = [site for site in find_nonsmooth(model) if site.reason]
+    piecewise_linear = [site for site in find_nonsmooth(model) if site.flat]
     if piecewise_linear:
         warnings.warn(
             f"PenalizedLoss: {len(piecewise_linear)} activations of the model are piecewise linear "
@@ -294,16 +295,6 @@ def _check_double_backward(model: nn.Module) -> None:
             checks.GradregWarning,
             stacklevel=4,
         )
-
-
-def _reshards_after_backward(model: nn.Module) -> bool:
-    """Whether any sharded part of the model frees its parameters after a backward pass."""
-    for module in model.modules():
-        state = getattr(module, "_get_fsdp_state", lambda: None)()
-        group = getattr(state, "_fsdp_param_group", None)
-        if getattr(group, "reshard_after_backward", False):
-            return True
-    return False
 
 
 def _weight_at(weight: float | Schedule, t: float | None, name: str) -> float:
@@ -318,6 +309,6 @@ def _weight_at(weight: float | Schedule, t: float | None, name: str) -> float:
 
 
 def _checked_weight(weight: float, name: str) -> float:
-    if not (math.isfinite(weight) and weight >= 0):
+    if not 0 <= weight < math.inf:
         raise ValueError(f"{name}: a weight must be finite and at least 0, got {weight}.")
     return weight

@@ -4,13 +4,27 @@ Dynamo cannot trace the run-time checks of annotations under which the other tes
 theirs: test_compile.py runs it in a process of its own, as users have the library.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from gradreg import EdgeAlignmentPenalty, FiniteDifference, Linf, PenalizedLoss, Term, sampled_class
+from gradreg import (
+    L1,
+    L2,
+    EdgeAlignmentPenalty,
+    FiniteDifference,
+    Linf,
+    PenalizedLoss,
+    Term,
+    ThreatModel,
+    edge_alignment,
+    grad_norm,
+    input_gradient_of,
+    sampled_class,
+)
 
 from cases import (
     FUNCTIONAL,
@@ -64,6 +78,44 @@ def test_dropout_draws_classes_and_trains() -> None:
     gradient = torch.autograd.grad(step(x, y), parameters_of(model))
     assert all(torch.isfinite(g).all() for g in gradient)
     assert any(bool(g.any()) for g in gradient)
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_finite_differences(scheme: str) -> None:
+    _check(make_model("conv"), make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme)))
+
+
+def test_a_ramp_compiles_a_few_times_and_not_at_every_step() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    objective, counter = make_objective("both"), CompileCounter()
+    step = torch.compile(lambda x, y, t: objective(model, x, y, t=t).total, backend=counter, fullgraph=True)
+    totals = [step(x, y, t).item() for t in range(20)]
+    assert totals == pytest.approx([objective(model, x, y, t=t).total.item() for t in range(20)])
+    assert counter.frame_count <= 5
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.4), L1(2.0)])
+def test_functions_of_a_gradient(threat: ThreatModel) -> None:
+    x, _ = make_batch()
+    g = torch.randn_like(x)
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda g: grad_norm(g, threat),
+        threat.maximizer,
+        lambda g: threat.project(g, (-x, 1 - x)),
+        lambda g: edge_alignment(g, x, sigma=0.6),
+    ]
+    for function in functions:
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(g), function(g), rtol=1e-12)
+
+
+def test_input_gradient_of() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+
+    def gradient(x: Tensor) -> Tensor:
+        return input_gradient_of(lambda z: per_sample_cross_entropy(model(z), y), x)[0]
+
+    assert relative_error(torch.compile(gradient, backend="aot_eager", fullgraph=True)(x), gradient(x)) < 1e-12
 
 
 # Dynamo looks at the .grad of the non-leaf that a compiled model is given, and hides the warning of that from all but

@@ -1,0 +1,29 @@
+# The two commands of the README, and the checks of CONTRIBUTING.md. Each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint mutations
+
+quickstart: $(VENV)/quickstart.installed
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest -W error
+
+lint: $(VENV)/lint.installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+mutations: $(VENV)/test.installed
+	$(BIN)/python tests/mutations.py
+
+$(VENV)/pip.installed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	touch $@
+
+$(VENV)/%.installed: $(VENV)/pip.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable . --group $*
+	touch $@

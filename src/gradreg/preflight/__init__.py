@@ -1,0 +1,86 @@
+"""Preflight: whether the exact penalty works on a model, and otherwise which module breaks it and what to do.
+
+The exact penalty (:class:`gradreg.DoubleBackward`) differentiates an input gradient again. Much that trains
+without complaint breaks there: some of it raises at the last backward pass, far from its cause, and some only
+trains wrongly. :func:`preflight` runs the real thing once on a small batch and says what happens, by the modules'
+own names.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradreg.preflight.inspection import inspect
+from gradreg.preflight.report import Finding, FoundError, PreflightReport
+from gradreg.preflight.trial import Criterion, Trial, left_as_found
+from gradreg.wrappers import is_sharded
+
+__all__ = ["Finding", "PreflightReport", "preflight"]
+
+
+def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | None = None) -> PreflightReport:
+    r"""Say whether the exact penalty will work on this model, and otherwise name the module and the mend.
+
+    The model is inspected first. If that finds no error, one trial runs the penalty that training would: the
+    forward pass, :math:`g = \nabla_x \ell` with a graph, :math:`R = \|g_b\|_1`, and the gradient of R with respect
+    to every trainable parameter. So the verdict is what happens, not what a list of known layers says. If the
+    trial fails, it is repeated with every node of the autograd graph traced back to the module that made it.
+
+    =============================================  ========  =============================================
+    found                                          severity  mend
+    =============================================  ========  =============================================
+    fused attention                                error     ``sdpa_kernel(MATH)``, ``fused_attn = False``
+    another operation without a second derivative  error     ``smoothify``, ``FiniteDifference()``
+    ``once_differentiable`` functions              error     a backward that is differentiable
+    a compiled model, if it fails                  error     the uncompiled model
+    reentrant checkpointing                        error     ``use_reentrant=False``
+    ``DDP(static_graph=True)``                     error     DDP around a ``PenalizedModel``
+    FSDP                                           error     the recipe for FSDP2, ``FiniteDifference()``
+    SyncBatchNorm that synchronises                error     GroupNorm, eval mode
+    tensors made in inference mode                 error     ``clone()``
+    logits that do not depend on x                 error     no ``detach()``, no ``no_grad()``
+    a step function between x and the logits       error     a straight-through gradient
+    no trainable parameter, or none that R moves   error     ``requires_grad_()``
+    NaN; outputs, losses, labels of a wrong form   error     as the message says
+    BatchNorm with batch statistics                warning   eval mode, GroupNorm
+    non-smooth activations                         warning   ``smoothify``
+    a saturated loss                               warning   another batch or criterion
+    SyncBatchNorm on one process                   warning   GroupNorm, eval mode
+    FSDP2 with the recipe (it is not run)          warning   preflight before ``fully_shard``
+    =============================================  ========  =============================================
+
+    The mode that the model is in is the mode that is tried, so call it on the model as you will train it, before
+    the first step. Nothing is changed by it, also when it raises: running statistics and other buffers, training
+    flags, torch's random states, ``.grad``, ``requires_grad`` and x are as before. It costs a few forward and
+    backward passes, and DDP communicates nothing in them.
+
+    Args:
+        model: The model, wrapped and compiled as it will be trained.
+        x: A small batch of inputs, of shape ``(B, ...)``; two to four samples will do.
+        y: Its labels.
+        criterion: The loss per sample, ``criterion(logits, y)`` of shape ``(B,)``; without one, cross-entropy.
+
+    Returns:
+        The report: ``report.ok`` is the verdict, ``report.findings`` say why, ``print(report)`` shows them, errors
+        first, and ``report.raise_for_errors()`` stops a script.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> print(preflight(model, torch.rand(2, 4), torch.tensor([0, 2])))  # doctest: +ELLIPSIS
+        preflight: the exact penalty works
+        warning: 1: ReLU is not smooth: ...
+          mend: Train smoothify(model)...
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        findings = list(inspect(model, x, y))
+        if not any(finding.severity == "error" for finding in findings) and not any(map(is_sharded, model.modules())):
+            try:
+                with left_as_found(model, x.device):
+                    findings.extend(Trial(model, x, y, _cross_entropy if criterion is None else criterion).findings())
+            except FoundError as found:
+                findings.extend(found.findings)
+    return PreflightReport(tuple(sorted(findings, key=lambda finding: finding.severity == "warning")))
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none")

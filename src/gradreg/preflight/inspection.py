@@ -1,0 +1,123 @@
+"""What can be said of a model without running it."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from gradreg.checks import check_finite, check_input
+from gradreg.modes import batch_norms
+from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, complaint_of, join, modules_of
+from gradreg.smooth import NonSmooth, find_nonsmooth
+from gradreg.wrappers import frees_parameters, is_sharded, is_static
+
+
+def inspect(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
+    """What can be seen without running the model."""
+    yield from _inspect_tensors(model, x, y)
+    yield from _inspect_wrappers(model)
+    yield from _inspect_batch_norm(model, x.device)
+    yield from _inspect_activations(model)
+
+
+def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
+    if x.is_inference() or y.is_inference():
+        yield Finding(
+            "error",
+            "",
+            "x or y was made inside torch.inference_mode() and can take no part in a backward pass.",
+            "Load the batch outside of inference mode, or clone() it there.",
+        )
+    elif complaint := complaint_of(check_input, x) or complaint_of(check_finite, x):
+        yield Finding("error", "", complaint)
+    parameters = dict(model.named_parameters())
+    if lazy := [name for name, parameter in parameters.items() if is_lazy(parameter)]:
+        yield Finding("error", modules_of(lazy), "not initialised yet.", "Run model(x) once.")
+    if inference := [name for name, parameter in parameters.items() if name not in lazy and parameter.is_inference()]:
+        yield Finding(
+            "error",
+            modules_of(inference),
+            "parameters made inside torch.inference_mode() cannot be trained.",
+            "Build or load the model outside of inference mode.",
+        )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        yield Finding(
+            "error",
+            "",
+            "no parameter requires grad: the loss has a graph, through x, but nothing would be trained.",
+            "Unfreeze the parameters to train, for example model.requires_grad_().",
+        )
+
+
+def _inspect_wrappers(model: nn.Module) -> Iterator[Finding]:
+    static = [name for name, module in model.named_modules() if is_static(module)]
+    if static:
+        yield Finding(
+            "error",
+            join(static),
+            "DDP(static_graph=True) takes the input gradient for the step's backward pass and never synchronises the "
+            "real one: every rank trains on its own, without an error.",
+            "Let DDP see one forward pass, DistributedDataParallel(PenalizedModel(model, objective), "
+            "static_graph=True), or leave static_graph out.",
+        )
+    sharded = {name: module for name, module in model.named_modules() if is_sharded(module)}
+    if sharded:
+        frees = any(frees_parameters(module) for module in sharded.values())
+        yield Finding(
+            "error" if frees else "warning",
+            join(sharded),
+            "FSDP frees the parameters after the first backward pass, but the second needs them."
+            if frees
+            else "a sharded model is not run by preflight: whether double backward works is not tried.",
+            "Run preflight before fully_shard. With FSDP2 call model.set_reshard_after_backward(False, recurse=True) "
+            "once, and reshard() on every FSDPModule after each backward(), before the optimiser's step (without it "
+            f"the weights go stale, without an error); {OR_FINITE_DIFFERENCE}.",
+        )
+
+
+def _inspect_activations(model: nn.Module) -> Iterator[Finding]:
+    sites: dict[str, list[NonSmooth]] = {}
+    for site in find_nonsmooth(model):
+        sites.setdefault(site.reason, []).append(site)
+    for reason, alike in sites.items():
+        kinds = ", ".join(dict.fromkeys(site.kind for site in alike))
+        yield Finding(
+            "warning",
+            join(site.name for site in alike),
+            f"{kinds} is not smooth: {reason}.",
+            "Train smoothify(model); its report names what has no smooth twin.",
+        )
+
+
+def _inspect_batch_norm(model: nn.Module, device: torch.device) -> Iterator[Finding]:
+    coupling = set(batch_norms(model))
+    live = {name: module for name, module in model.named_modules() if module in coupling}
+    if live:
+        parallel = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+        yield Finding(
+            "warning",
+            join(live),
+            "BatchNorm takes its statistics from the batch: a sample's input gradient depends on the others"
+            + (" on its rank." if parallel else "."),
+            "Set these modules to eval(), or use GroupNorm; or leave them so, knowing it.",
+        )
+    sync = {name: module for name, module in live.items() if isinstance(module, nn.SyncBatchNorm) and module.training}
+    if sync:
+        fails = any(_synchronizes(module, device) for module in sync.values())
+        yield Finding(
+            "error" if fails else "warning",
+            join(sync),
+            "SyncBatchNorm has no second derivative"
+            + (", and no CPU kernel." if fails else "; it will fail once there is more than one process."),
+            "Use GroupNorm, plain BatchNorm, or these modules in eval mode.",
+        )
+
+
+def _synchronizes(module: nn.SyncBatchNorm, device: torch.device) -> bool:
+    """Whether the layer leaves plain BatchNorm's path; on a CPU that raises, whatever the number of processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return device.type == "cpu" or dist.get_world_size(module.process_group) > 1

@@ -1,0 +1,101 @@
+"""What preflight says: findings, and the report that holds them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, final
+
+Severity = Literal["error", "warning"]
+
+OR_FINITE_DIFFERENCE = "or take FiniteDifference(), which needs no second derivative"
+_NAMES_SHOWN = 4
+
+
+@final
+@dataclass(frozen=True)
+class Finding:
+    """One thing that preflight found.
+
+    Attributes:
+        severity: ``"error"``: the exact penalty raises, trains nothing, or trains wrongly. ``"warning"``: it
+            works, but hardly as intended.
+        where: Qualified names of the modules, as in ``model.named_modules()``, joined by commas, or
+            ``"the criterion"``; empty for the model or the batch as a whole.
+        problem: What is wrong.
+        mend: What to do about it; empty where the problem's text ends in it.
+    """
+
+    severity: Severity
+    where: str
+    problem: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        names = self.where.split(", ") if self.where else []
+        shown = ", ".join(names[:_NAMES_SHOWN])
+        if len(names) > _NAMES_SHOWN:
+            shown += f", ... ({len(names)} modules)"
+        lines = [f"{self.severity}: {shown}: {self.problem}" if shown else f"{self.severity}: {self.problem}"]
+        return "\n  mend: ".join([*lines, self.mend] if self.mend else lines)
+
+
+@final
+@dataclass(frozen=True)
+class PreflightReport:
+    """What :func:`preflight` found, errors first. ``str(report)`` is for reading.
+
+    Attributes:
+        findings: The findings.
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that keep the exact penalty from working."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the exact penalty works and its gradient reaches the parameters."""
+        return not self.errors
+
+    def raise_for_errors(self) -> None:
+        """Raise a RuntimeError that holds the whole report, if there is an error in it."""
+        if not self.ok:
+            raise RuntimeError(str(self))
+
+    def __str__(self) -> str:
+        verdict = "preflight: the exact penalty " + ("works" if self.ok else "does not work")
+        return "\n".join([verdict, *map(str, self.findings)])
+
+
+class FoundError(Exception):
+    """Ends the trial at its first error, since nothing after it can be tried."""
+
+    def __init__(self, *findings: Finding) -> None:
+        super().__init__(*findings)
+        self.findings = findings
+
+
+def failure(where: str, problem: str, mend: str = "") -> FoundError:
+    """The exception for one error."""
+    return FoundError(Finding("error", where, problem, mend))
+
+
+def modules_of(parameters: Iterable[str]) -> str:
+    """The modules that hold these parameters."""
+    return join(name.rpartition(".")[0] for name in parameters)
+
+
+def join(names: Iterable[str]) -> str:
+    """Names of modules as a finding holds them; the model itself has none."""
+    return ", ".join(dict.fromkeys(filter(None, names)))
+
+
+def complaint_of(check: Callable[..., None], *args: object) -> str | None:
+    """What a check of :mod:`gradreg.checks` complains of."""
+    try:
+        check(*args)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None

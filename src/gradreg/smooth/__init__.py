@@ -1,0 +1,13 @@
+"""Smooth activations in place of non-smooth ones.
+
+A gradient penalty acts on the weights through the second derivatives of the network. Those of a ReLU are zero almost
+everywhere, and the penalty does little (Rodríguez Muñoz, "Adversarial robustness without perturbations", MIT 2024,
+section 4.3). :func:`smoothify` exchanges such activations for smooth ones, :func:`find_nonsmooth` says what is not
+smooth in a model. To be read in this order: ``activations``, ``calls``, ``reading``, ``survey``, ``replace``.
+"""
+
+from gradreg.smooth.activations import ScaledTanh
+from gradreg.smooth.replace import Replacement, SmoothReport, smoothify
+from gradreg.smooth.survey import NonSmooth, find_nonsmooth
+
+__all__ = ["NonSmooth", "Replacement", "ScaledTanh", "SmoothReport", "find_nonsmooth", "smoothify"]

@@ -1,0 +1,265 @@
+"""Puts smooth activations into a model, and reports what it replaced and what it left.
+
+Everything is planned before anything is changed: the user's function that makes activations may raise, and the model
+is then as it was. Every attribute gets a module of its own, also where one module was used several times: what is later
+measured or changed at one site says nothing of another. Methods get a derived class, see ``calls``.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, final, overload
+
+import torch
+from torch import nn
+
+from gradreg.smooth.activations import ACTIVATIONS, twin
+from gradreg.smooth.calls import make_smooth
+from gradreg.smooth.survey import NonSmooth, Site, check_module, find_nonsmooth, root_sites, sites
+
+
+@final
+@dataclass(frozen=True)
+class Replacement:
+    """One exchange made by :func:`smoothify`.
+
+    Attributes:
+        name: As in :class:`NonSmooth`.
+        old: What was there, as in :attr:`NonSmooth.kind`.
+        new: The class of the activation that took its place.
+    """
+
+    name: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(model)'}: {self.old} -> {self.new}"
+
+
+@final
+@dataclass(frozen=True)
+class SmoothReport:
+    """What :func:`smoothify` did.
+
+    Attributes:
+        replaced: The exchanges.
+        remaining: What it left, :func:`find_nonsmooth` of the result.
+    """
+
+    replaced: tuple[Replacement, ...]
+    remaining: tuple[NonSmooth, ...]
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)}:", *(f"  {entry}" for entry in self.replaced)]
+        lines += [f"remaining {len(self.remaining)}:", *(f"  {entry}" for entry in self.remaining)]
+        return "\n".join(lines)
+
+
+@overload
+def smoothify(
+    model: nn.Module,
+    act: str | Callable[[], nn.Module] = "gelu",
+    *,
+    inplace: bool = False,
+    return_report: Literal[False] = False,
+) -> nn.Module: ...
+@overload
+def smoothify(
+    model: nn.Module,
+    act: str | Callable[[], nn.Module] = "gelu",
+    *,
+    inplace: bool = False,
+    return_report: Literal[True],
+) -> tuple[nn.Module, SmoothReport]: ...
+def smoothify(
+    model: nn.Module,
+    act: str | Callable[[], nn.Module] = "gelu",
+    *,
+    inplace: bool = False,
+    return_report: bool = False,
+) -> nn.Module | tuple[nn.Module, SmoothReport]:
+    r"""Replace the non-smooth activations of a model by smooth ones.
+
+    With ReLU the input gradient is piecewise constant, its derivative is zero almost everywhere, and a penalty on it
+    hardly reaches the weights; with GELU, SiLU, Softplus or Mish it does (Rodríguez Muñoz, "Adversarial robustness
+    without perturbations", MIT 2024, section 4.3).
+
+    ReLU, ReLU6, LeakyReLU, RReLU, ELU, CELU and SELU become ``act``. A gate becomes its own smooth twin: Hardsigmoid
+    σ(x), Hardtanh the tanh between the same limits, Hardswish SiLU, timm's HardMish Mish. Each site has its own
+    activation; weights, training flags, hooks and the keys of the ``state_dict`` stay. PReLU stays, because its slope
+    is a parameter, and so do max pooling, thresholds and shrinkage: see :attr:`SmoothReport.remaining`.
+
+    Functional calls (``F.relu``, ``torch.relu``, ``x.relu_()``) become smooth as well: the methods that make them, or
+    call Python helpers that do, run under a ``torch.overrides.TorchFunctionMode``, and other modules pay nothing. The
+    class of such a module is then a subclass of its own, of the same name; pickling, copying, ``torch.func`` and
+    ``torch.compile(fullgraph=True)`` work, a trace by ``torch.fx`` keeps ``x.relu()`` as it is. From function modes
+    ``torch.compile`` hides ``F.hardsigmoid``, ``F.hardswish`` and in-place functions such as ``F.relu_``: methods that
+    mention these are not compiled. What is replaced holds for everything run during the method, children included. An
+    in-place call still overwrites its input. A nested function that the method checkpoints is left and reported,
+    because it may be recomputed outside of the method.
+
+    An ``nn.ReLU(inplace=True)`` module, however, becomes an activation that leaves its input alone, as it would when
+    written by hand: a forward that ignores its return value needs an assignment.
+
+    A replaced model is another function: train it, or fine-tune the weights of the old one.
+
+    Args:
+        model: The model. Give it before ``torch.compile`` or ``torch.jit``.
+        act: ``"gelu"`` (the exact one, with erf), ``"silu"``, ``"softplus"`` (with beta = 4·√(2/π) ≈ 3.19, whose
+            second derivative at 0 is GELU's), ``"mish"``, or a function without arguments that returns a new
+            ``nn.Module``, such as ``functools.partial(nn.Softplus, beta=10)``.
+        inplace: Change the model and return it, instead of a copy.
+        return_report: Return ``(model, report)``.
+
+    Returns:
+        The smooth model, and the :class:`SmoothReport` if it was asked for.
+
+    Raises:
+        TypeError: If the model is not an ``nn.Module``, or compiled; or ``act`` is neither a name nor a function that
+            returns an ``nn.Module``.
+        ValueError: If the name is unknown; nothing is there to replace; ``act`` returns an activation that is not
+            smooth, the same module twice, or one with parameters for a functional call; or the model is itself an
+            activation and ``inplace`` is set. The model is then as it was.
+
+    Example:
+        >>> model, report = smoothify(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Hardsigmoid()), return_report=True)
+        >>> print(report)
+        replaced 2:
+          1: ReLU -> GELU
+          2: Hardsigmoid -> Sigmoid
+        remaining 0:
+    """
+    check_module(model, "smoothify")
+    _check_uncompiled(model)
+    fresh = _Factory(act)
+    if not any(site.where for site in sites(model)):
+        raise ValueError(
+            f"smoothify: no activation that can be replaced was found in {type(model).__name__}. If the model is "
+            "already smooth, leave smoothify out; otherwise find_nonsmooth(model) names what it sees and why that "
+            "stays."
+        )
+    if inplace and any(site.where for site in root_sites(model)):
+        raise ValueError(
+            f"smoothify: {type(model).__name__} is itself an activation and cannot become another: leave inplace out."
+        )
+    target = model if inplace else copy.deepcopy(model)
+    planned = _plan(target, fresh)
+    result = _apply(target, planned)
+    if not return_report:
+        return result
+    replaced = dict.fromkeys(_replacement(site, new) for site, new in planned)
+    return result, SmoothReport(tuple(replaced), find_nonsmooth(result))
+
+
+def _check_uncompiled(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "smoothify: the model is compiled by torch.jit and cannot be changed: smoothify it before torch.jit."
+        )
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise TypeError(
+                f"smoothify: {name or 'the model'} is compiled by torch.compile: smoothify the model, then compile it."
+            )
+
+
+@final
+class _Factory:
+    """Makes activations from the ``act`` of :func:`smoothify`, and checks each."""
+
+    def __init__(self, act: str | Callable[[], nn.Module]) -> None:
+        if isinstance(act, str):
+            if act not in ACTIVATIONS:
+                raise ValueError(
+                    f"smoothify: expected act to be one of {', '.join(map(repr, ACTIVATIONS))} or a function that "
+                    f"returns an nn.Module, got {act!r}."
+                )
+            act = ACTIVATIONS[act]
+        if not callable(act) or isinstance(act, nn.Module):
+            raise TypeError(
+                "smoothify: expected act to be a name or a function without arguments that returns a new nn.Module, "
+                f"such as nn.GELU, got {act!r}."
+            )
+        self._act = act
+        self._made: list[nn.Module] = []
+
+    def __call__(self) -> nn.Module:
+        made = self._act()
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"smoothify: act must return an nn.Module, as nn.GELU does; it returned {made!r}.")
+        if any(made is other for other in self._made):
+            raise ValueError("smoothify: act must return a new module at each call, and returned the same one twice.")
+        # Its own call of F.relu, say, would be taken for one of the module around it.
+        if unsmooth := [site.found for site in sites(made) if site.where]:
+            raise ValueError(f"smoothify: act must return a smooth activation, and returned one with {unsmooth[0]}.")
+        self._made.append(made)
+        return made
+
+    def without_parameters(self) -> nn.Module:
+        made = self()
+        if next(made.parameters(), None) is not None:
+            raise ValueError(
+                f"smoothify: {type(made).__name__} has parameters and cannot stand for a functional call: use an "
+                "activation without, or make the call a module of the model."
+            )
+        return made
+
+
+def _plan(model: nn.Module, fresh: _Factory) -> list[tuple[Site, nn.Module]]:
+    """Each site with its activation; the methods of one module share one."""
+    calling: dict[nn.Module, nn.Module] = {}
+    planned = []
+    for site in sites(model):
+        if site.where == "attribute":
+            planned.append((site, _successor(site, fresh)))
+        elif site.where == "method":
+            if site.owner not in calling:
+                calling[site.owner] = fresh.without_parameters()
+            planned.append((site, calling[site.owner]))
+    return planned
+
+
+def _successor(site: Site, fresh: _Factory) -> nn.Module:
+    old = getattr(site.owner, site.key) if site.key else site.owner
+    new = twin(site.operation, fresh, getattr(old, "min_val", -1.0), getattr(old, "max_val", 1.0))
+    new.train((old if isinstance(old, nn.Module) else site.owner).training)
+    if isinstance(old, nn.Module):
+        # The same dictionaries and not copies of them, so that the handles of the hooks still remove them.
+        vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
+    return new
+
+
+def _apply(model: nn.Module, planned: list[tuple[Site, nn.Module]]) -> nn.Module:
+    calling: dict[nn.Module, list[tuple[Site, nn.Module]]] = {}
+    for site, new in planned:
+        if not site.key:
+            return new
+        if site.where == "attribute":
+            setattr(site.owner, site.key, new)
+        else:
+            calling.setdefault(site.owner, []).append((site, new))
+    for owner, calls in calling.items():
+        methods, uncompiled = frozenset(site.key for site, _ in calls), any(site.untraced for site, _ in calls)
+        make_smooth(owner, methods, uncompiled, calls[0][1])
+    _set_fast_paths(model, {site.owner for site, _ in planned if site.key == "activation"})
+    return model
+
+
+def _set_fast_paths(model: nn.Module, changed: set[nn.Module]) -> None:
+    """Set the flags by which torch runs transformer layers, in eval mode without grad, in a kernel of its own.
+
+    The kernel knows ReLU (1) and GELU (2); nested tensors, which an encoder makes of padded batches, need it.
+    """
+    for layer in changed:
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            exact_gelu = isinstance(layer.activation, nn.GELU) and layer.activation.approximate == "none"
+            layer.activation_relu_or_gelu = 2 if exact_gelu else 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.layers[0] in changed:
+            module.use_nested_tensor &= bool(module.layers[0].activation_relu_or_gelu)
+
+
+def _replacement(site: Site, new: nn.Module) -> Replacement:
+    smooth = new if site.where == "attribute" else twin(site.operation, lambda: new)
+    return Replacement(site.found.name, site.found.kind, type(smooth).__name__)

@@ -1,0 +1,194 @@
+"""Lists what is not smooth in a model, and where each such thing could be replaced.
+
+A site is either an attribute that holds an activation, or a method that calls one: the two things that ``replace`` can
+change. It is found from the types of the modules and from the code of the methods that their forwards reach, so that a
+survey needs no input, costs milliseconds and leaves the model alone. What smoothify leaves is therefore what a second
+survey finds.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradreg.smooth.activations import FUNCTIONS, OPERATIONS, Operation, operation_of
+from gradreg.smooth.calls import Derived
+from gradreg.smooth.reading import Reading, read
+
+
+@final
+@dataclass(frozen=True)
+class NonSmooth:
+    """Something in a model that is not twice continuously differentiable in its input.
+
+    Attributes:
+        name: The module, as ``named_modules`` calls it; empty for the model itself.
+        kind: The class of the module (``"ReLU"``), or the call in its code (``"F.relu"``).
+        reason: What is wrong with it, and where :func:`smoothify` leaves it, why.
+        flat: Whether its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it:
+            ReLU and its like, hard gates, shrinkage. Not so for an ELU or max pooling, which are smooth in between,
+            for clamping, which may limit anything, nor for rounding, which has no gradient at all.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    flat: bool
+
+    def __str__(self) -> str:
+        return f"{self.name or '(model)'}: {self.kind}: {self.reason}"
+
+
+def find_nonsmooth(model: nn.Module) -> tuple[NonSmooth, ...]:
+    """List what in a model is not twice continuously differentiable in its input.
+
+    It looks at the types of the modules and at the byte code of their forward, and runs nothing. It sees
+
+    * activation and max pooling modules of torch, and the hard gates of timm;
+    * calls of functions and tensor methods by name (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ``torch.round``) in
+      the forward of a module and in methods, nested functions and Python helpers that it mentions, and functions held
+      in plain attributes (``self.act = F.relu``).
+
+    It cannot see functions held in lists, dictionaries, properties or default arguments, what is reached through
+    ``getattr(F, name)``, operators (``x * (x > 0)``, ``abs(x)``), code in C++ or compiled by ``torch.jit`` (named as
+    such). A name counts even where its branch is never taken. Max pooling and clamping have kinks, but most of their
+    second derivative is that of what they select, so they matter less than a ReLU: :attr:`NonSmooth.flat` tells.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        What was found: first modules, then calls, each in the order of ``model.named_modules()``. A smooth model
+        gives an empty tuple.
+
+    Raises:
+        TypeError: If the model is not an ``nn.Module``.
+
+    Example:
+        >>> for found in find_nonsmooth(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.MaxPool1d(2))):
+        ...     print(found.name, found.kind, found.flat)
+        1 ReLU True
+        2 MaxPool1d False
+    """
+    check_module(model, "find_nonsmooth")
+    return tuple(dict.fromkeys(site.found for site in sites(model)))
+
+
+def check_module(model: object, caller: str) -> None:
+    """Raise a TypeError if the model is not an ``nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected the model to be an nn.Module, got {type(model).__name__}.")
+
+
+@final
+@dataclass(frozen=True)
+class Site:
+    """One non-smooth thing, and where it is.
+
+    Attributes:
+        found: What is told of it.
+        operation: Its name in the table of operations; empty for what cannot be read.
+        owner: The module that holds or calls it.
+        key: The attribute or the method of the owner; empty if the model itself is the activation.
+        where: Whether the attribute or the method is to be replaced; None if it stays.
+        untraced: Whether the method mentions a function that ``torch.compile`` hides from function modes.
+    """
+
+    found: NonSmooth
+    operation: str
+    owner: nn.Module
+    key: str
+    where: Literal["attribute", "method"] | None
+    untraced: bool = False
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Everything in a model that is not smooth."""
+    names = {module: name for name, module in model.named_modules()}
+    found = [*root_sites(model)]
+    for owner, name in names.items():
+        found += _attribute_sites(owner, name)
+    for (owner, method), reading in _readings(names).items():
+        found += _method_sites(owner, names[owner], method, reading)
+    return found
+
+
+def root_sites(model: nn.Module) -> Iterator[Site]:
+    """The model itself, if it is an activation."""
+    yield from _module_sites(model, "", model, "")
+
+
+def _module_sites(module: nn.Module, name: str, owner: nn.Module, key: str) -> Iterator[Site]:
+    operation, described = _describe(module)
+    if described is not None:
+        found = NonSmooth(name, type(module).__name__, described.reason, described.flat)
+        yield Site(found, operation, owner, key, "attribute" if described.replaceable else None)
+
+
+def _describe(module: nn.Module) -> tuple[str, Operation | None]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "", Operation("compiled by torch.jit: its code cannot be read or replaced")
+    operation = None if "forward" in vars(module) else operation_of(type(module))
+    return operation or "", OPERATIONS.get(operation or "")
+
+
+def _attribute_sites(owner: nn.Module, name: str) -> Iterator[Site]:
+    if isinstance(owner, torch.jit.ScriptModule):
+        return
+    for key, child in owner._modules.items():
+        if child is not None:
+            yield from _module_sites(child, _join(name, key), owner, key)
+    # Held by these as a function, and read by a kernel that knows no function modes.
+    if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) and "activation" in vars(owner):
+        operation = FUNCTIONS.get(owner.activation, "")
+        if operation and OPERATIONS[operation].replaceable:
+            described = OPERATIONS[operation]
+            found = NonSmooth(_join(name, "activation"), f"F.{operation}", described.reason, described.flat)
+            yield Site(found, operation, owner, "activation", "attribute")
+
+
+def _readings(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Reading]:
+    """Read the forward of every module, and each method of these modules that a method read so far mentions."""
+    known = dict.fromkeys(modules)
+    pending = deque((module, "forward") for module in known if _describe(module)[1] is None)
+    readings: dict[tuple[nn.Module, str], Reading] = {}
+    while pending:
+        module, method = pending.popleft()
+        if module in known and (module, method) not in readings:
+            readings[module, method] = read(module, method)
+            pending += readings[module, method].methods
+    return readings
+
+
+def _method_sites(owner: nn.Module, name: str, method: str, reading: Reading) -> Iterator[Site]:
+    for operation in sorted(reading.own | reading.within):
+        described, obstacle = OPERATIONS[operation], ""
+        if described.replaceable:
+            if isinstance(owner, Derived) and method in owner.derivation[1]:
+                continue
+            obstacle = _obstacle(owner, method, hidden=operation in reading.within and reading.checkpoint)
+        kind = f"F.{operation}" if hasattr(F, operation) else f"torch.{operation}"
+        reason = f"{described.reason}; {obstacle}" if obstacle else described.reason
+        where: Literal["method"] | None = "method" if described.replaceable and not obstacle else None
+        yield Site(NonSmooth(name, kind, reason, described.flat), operation, owner, method, where, reading.untraced)
+
+
+def _obstacle(owner: nn.Module, method: str, *, hidden: bool) -> str:
+    kind = type(owner)
+    if isinstance(owner, Derived):
+        return "added after smoothify"
+    if method in vars(owner):
+        return f"``{method}`` was set on the instance: set it after smoothify"
+    if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
+        return "this class pickles in its own way: smoothify the model before it is traced or wrapped"
+    if hidden:
+        return "checkpointing may run this function again in the backward pass: move it into a method of the module"
+    return ""
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

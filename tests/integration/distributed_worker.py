@@ -1,0 +1,183 @@
+"""Trains the same model on two gloo ranks in every supported way; test_distributed.py reads what each way gave.
+
+Every case returns the largest relative error of its parameter gradients (or, after steps, of its parameters) against
+one process on the whole batch, in float64, or the message of the exception that it raised.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gradreg import (
+    EdgeAlignmentPenalty,
+    FiniteDifference,
+    GradNormPenalty,
+    Linf,
+    PenalizedLoss,
+    PenalizedModel,
+    PGDAttack,
+    Term,
+    true_class,
+)
+
+RANKS = 2
+CRITERION = nn.CrossEntropyLoss(reduction="none")
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.GELU(), nn.Flatten(), nn.Linear(96, 24), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(24, 4)).double()
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(4 * RANKS, 2, 6, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (len(x),), generator=generator)
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor.chunk(RANKS)[dist.get_rank()]
+
+
+def _objective(**options: object) -> PenalizedLoss:
+    terms = {
+        "grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=1.2),
+        "edges": Term(EdgeAlignmentPenalty(sigma=0.6), weight=0.5, of=true_class()),
+    }
+    return PenalizedLoss(CRITERION, terms, loss_weight=0.8, **options)
+
+
+def _reference(objective: PenalizedLoss) -> list[Tensor]:
+    model, (x, y) = _model(), _batch()
+    return list(torch.autograd.grad(objective(model, x, y).total, list(model.parameters())))
+
+
+def _error(model: nn.Module, expected: list[Tensor]) -> float:
+    largest = max(value.abs().max().item() for value in expected)
+    found = [parameter.grad for parameter in model.parameters()]
+    return max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)) / largest
+
+
+def _together(**options: object) -> float:
+    """Model and objective in one module, wrapped: the recommended form."""
+    objective, (x, y) = _objective(), _batch()
+    wrapped = DistributedDataParallel(PenalizedModel(_model(), objective), **options)
+    for _ in range(3):  # static_graph learns in the first iteration and acts from the second on
+        wrapped.zero_grad()
+        wrapped(_shard(x), _shard(y)).total.backward()
+    return _error(wrapped, _reference(objective))
+
+
+def _outside(**options: object) -> float:
+    """The model alone is wrapped; the objective takes its gradient outside."""
+    objective, (x, y) = _objective(), _batch()
+    wrapped = DistributedDataParallel(_model(), **options)
+    for _ in range(3):
+        wrapped.zero_grad()
+        objective(wrapped, _shard(x), _shard(y)).total.backward()
+    return _error(wrapped, _reference(objective))
+
+
+def _accumulated() -> float:
+    objective, (x, y) = _objective(), _batch()
+    wrapped = DistributedDataParallel(PenalizedModel(_model(), objective))
+    first, second = (list(zip(_shard(x).chunk(2), _shard(y).chunk(2), strict=True))[i] for i in (0, 1))
+    with wrapped.no_sync():
+        (wrapped(*first).total / 2).backward()
+    (wrapped(*second).total / 2).backward()
+    return _error(wrapped, _reference(objective))
+
+
+def _finite_difference(**options: object) -> float:
+    objective, (x, y) = _objective(differentiation=FiniteDifference(0.1, Linf(0.1))), _batch()
+    wrapped = DistributedDataParallel(PenalizedModel(_model(), objective), **options)
+    for _ in range(2):
+        wrapped.zero_grad()
+        wrapped(_shard(x), _shard(y)).total.backward()
+    return _error(wrapped, _reference(objective))
+
+
+def _after_an_attack() -> float:
+    """An attack through the wrapper leaves its reducer as it was."""
+    objective, (x, y) = _objective(), _batch()
+    wrapped = DistributedDataParallel(_model())
+    PGDAttack(Linf(0.1), steps=2, seed=0)(wrapped, _shard(x), _shard(y))
+    objective(wrapped, _shard(x), _shard(y)).total.backward()
+    return _error(wrapped, _reference(objective))
+
+
+def _sharded(objective: PenalizedLoss, prepare: Callable[[nn.Module], None], reshard: bool) -> float:
+    """Three optimiser steps of a fully sharded model against the same of one process."""
+    x, y = _batch()
+    model, single = _model(), _model()
+    for block in (model[0], model[4]):
+        fully_shard(block)
+    fully_shard(model)
+    prepare(model)
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01) for net in (model, single)]
+    for _ in range(3):
+        objective(model, _shard(x), _shard(y)).total.backward()
+        if reshard:
+            for module in model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
+        objective(single, x, y).total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    found = [parameter.full_tensor().detach() for parameter in model.parameters()]
+    return max((a - b.detach()).abs().max().item() for a, b in zip(found, single.parameters(), strict=True))
+
+
+CASES: dict[str, Callable[[], float]] = {
+    "ddp together": _together,
+    "ddp together, static_graph": lambda: _together(static_graph=True),
+    "ddp together, find_unused_parameters": lambda: _together(find_unused_parameters=True),
+    "ddp together, gradient_as_bucket_view": lambda: _together(gradient_as_bucket_view=True),
+    "ddp together, tiny buckets": lambda: _together(bucket_cap_mb=1e-4),
+    "ddp together, no_sync accumulation": _accumulated,
+    "ddp outside": _outside,
+    "ddp outside, static_graph": lambda: _outside(static_graph=True),
+    "ddp finite differences": _finite_difference,
+    "ddp finite differences, static_graph": lambda: _finite_difference(static_graph=True),
+    "ddp after an attack": _after_an_attack,
+    "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),
+    "fsdp2 double backward, recipe": lambda: _sharded(
+        _objective(), lambda model: model.set_reshard_after_backward(False, recurse=True), True
+    ),
+    "fsdp2 finite differences": lambda: _sharded(
+        _objective(differentiation=FiniteDifference(0.1, Linf(0.1))), lambda model: None, False
+    ),
+}
+
+
+def _run(rank: int, store: str, output: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    results: dict[str, float | str] = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = case()
+        except RuntimeError as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    gathered: list[object] = [None] * RANKS
+    dist.all_gather_object(gathered, copy.deepcopy(results))
+    if rank == 0:
+        Path(output).write_text(json.dumps(gathered))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_run, args=(str(Path(folder) / "store"), sys.argv[1]), nprocs=RANKS)

@@ -1,0 +1,39 @@
+"""Two processes give what one gives, in every supported way, and the others say so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed_worker import CASES
+
+REFUSED = {
+    "ddp outside, static_graph": "PenalizedModel",
+    "fsdp2 double backward, defaults": "set_reshard_after_backward",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | str]]:
+    """What each rank found, for every case; both processes are started once."""
+    output = tmp_path_factory.mktemp("distributed") / "results.json"
+    worker = Path(__file__).with_name("distributed_worker.py")
+    run = subprocess.run([sys.executable, str(worker), str(output)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+def test_equals_one_process(results: list[dict[str, float | str]], case: str) -> None:
+    for rank in results:
+        assert isinstance(rank[case], float), rank[case]
+        assert rank[case] < 1e-11
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused_with_the_mend(results: list[dict[str, float | str]], case: str) -> None:
+    for rank in results:
+        assert isinstance(rank[case], str), rank[case]
+        assert REFUSED[case] in rank[case]

@@ -1,0 +1,209 @@
+"""The package as a whole: who may import whom, what an import loads, what is public, and that every example runs."""
+
+import ast
+import doctest
+import graphlib
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradreg
+
+SOURCE = Path(gradreg.__file__).parent
+LAYERS: list[set[str]] = [
+    {
+        "checks",
+        "edges",
+        "gradients",
+        "modes",
+        "normalization",
+        "schedules",
+        "selectors",
+        "smooth",
+        "threat_models",
+        "wrappers",
+    },
+    {"attacks", "differentiation", "penalties", "scoring"},
+    {"objective", "preflight"},
+]
+PARTS = sorted(
+    path.stem for path in SOURCE.iterdir() if path.stem[0] != "_" and (path.is_dir() or path.suffix == ".py")
+)
+MODULES = [
+    ".".join(["gradreg", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+    for path in sorted(SOURCE.rglob("*.py"))
+]
+
+PUBLIC = [
+    "Attack",
+    "ClassSelector",
+    "Differentiation",
+    "DoubleBackward",
+    "EdgeAlignmentPenalty",
+    "FGSM",
+    "FiniteDifference",
+    "GradNormPenalty",
+    "GradregWarning",
+    "L1",
+    "L2",
+    "Linf",
+    "NFGSM",
+    "Normalize",
+    "PGDAttack",
+    "PenalizedLoss",
+    "PenalizedModel",
+    "PenalizedOutput",
+    "Penalty",
+    "PreflightReport",
+    "Schedule",
+    "SmoothReport",
+    "Term",
+    "ThreatModel",
+    "class_scores",
+    "constant",
+    "contour_energy",
+    "cosine_ramp",
+    "edge_alignment",
+    "find_nonsmooth",
+    "grad_norm",
+    "input_gradient",
+    "input_gradient_of",
+    "join",
+    "linear_ramp",
+    "oriented_energy",
+    "pgd",
+    "predicted_class",
+    "preflight",
+    "sampled_class",
+    "smoothify",
+    "true_class",
+    "with_normalization",
+]
+
+
+ALIASES, WARNINGS = {"Schedule"}, {"GradregWarning"}
+RESULTS = {
+    "PenalizedOutput",
+    "PreflightReport",
+    "SmoothReport",
+}  # shown in the examples of the functions that return them
+
+
+def files_of(part: str) -> list[Path]:
+    """A part of the package is a file, or a folder of files with one purpose."""
+    return sorted((SOURCE / part).rglob("*.py")) or [SOURCE / f"{part}.py"]
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of the package that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: imports are absolute"
+            nested = node.module == "gradreg"  # from gradreg import checks
+            found |= {f"gradreg.{alias.name}" for alias in node.names} if nested else {str(node.module)}
+    assert "gradreg" not in found, f"{file.name} imports the package that imports it"
+    return {name for name in found if name.startswith("gradreg.")}
+
+
+# Layers
+
+
+def test_every_module_is_in_one_layer() -> None:
+    assert sorted(name for layer in LAYERS for name in layer) == PARTS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_module_imports_from_lower_layers_only(part: str) -> None:
+    level = next(level for level, names in enumerate(LAYERS) if part in names)
+    lower = {f"gradreg.{name}" for names in LAYERS[:level] for name in names}
+    others = {name for file in files_of(part) for name in imports(file) if name.split(".")[1] != part}
+    assert others <= lower  # and of a folder, the public names only: from gradreg.smooth, not gradreg.smooth.survey
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if (SOURCE / part).is_dir()])
+def test_files_of_a_folder_import_each_other_in_one_order(part: str) -> None:
+    inside = {f"gradreg.{part}.{file.stem}": imports(file) for file in files_of(part)}
+    assert f"gradreg.{part}" not in set.union(*inside.values())
+    assert set(graphlib.TopologicalSorter(inside).static_order()) >= set(inside)  # raises CycleError
+
+
+def test_init_holds_the_public_names_and_the_version_only() -> None:
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    names = {"__version__", "__all__"}
+    for statement in tree.body:
+        is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        is_import = isinstance(statement, ast.ImportFrom) and str(statement.module).startswith("gradreg.")
+        is_name = isinstance(statement, ast.Assign) and {target.id for target in statement.targets} <= names
+        assert is_docstring or is_import or is_name, ast.unparse(statement)
+
+
+def test_import_loads_torch_and_nothing_heavy() -> None:
+    """Nothing beyond what torch and jaxtyping load themselves."""
+    program = (
+        "import sys, torch, jaxtyping\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "import gradreg\n"
+        "after = {name.split('.')[0] for name in sys.modules}\n"
+        "print(*sorted((after - before - set(sys.stdlib_module_names)) | after & {heavy}))\n"
+    )
+    heavy = {"beartype", "hypothesis", "matplotlib", "pandas", "PIL", "scipy", "sklearn", "timm", "torchvision"}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program.replace("{heavy}", repr(heavy))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == ["gradreg"]
+
+
+# What is public
+
+
+def test_inventory() -> None:
+    found = {name: value for name, value in vars(gradreg).items() if not name.startswith("_")}
+    assert sorted(name for name, value in found.items() if not isinstance(value, ModuleType)) == PUBLIC
+    assert sorted(gradreg.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_object_is_documented(name: str) -> None:
+    """What a user calls shows how; base classes, results and warnings say what they are."""
+    value = getattr(gradreg, name)
+    if name in ALIASES:
+        return
+    text = inspect.getdoc(value)
+    assert text is not None
+    assert not inspect.isclass(value) or text != inspect.getdoc(value.__base__)
+    assert (">>> " in text) != (inspect.isabstract(value) or name in RESULTS | WARNINGS)
+
+
+def test_version_is_one_of_a_release_or_of_development() -> None:
+    parts = gradreg.__version__.split(".")
+    assert all(part.isdigit() for part in parts[:3])
+    assert len(parts) == 3 or parts[3].startswith(("dev", "a", "b", "rc"))
+
+
+# Examples
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str, unchecked: None) -> None:
+    module = importlib.import_module(name)
+    written = sum(line.lstrip().startswith(">>> ") for line in inspect.getsource(module).splitlines())
+    names = {**vars(module), "torch": torch, "nn": nn, "F": F}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder().find(module, name, globs=names):
+        torch.manual_seed(0)
+        runner.run(test)
+    assert runner.summarize(verbose=False) == (0, written)

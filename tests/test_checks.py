@@ -1,0 +1,238 @@
+"""Checks of what a user hands over: what passes, and the message of each error, in full where it is short."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradreg import GradregWarning
+from gradreg.checks import (
+    check_bounds,
+    check_finite,
+    check_input,
+    check_labels,
+    check_logits,
+    check_not_normalized_twice,
+    check_radius,
+    may_look,
+)
+
+
+def says(*parts: str) -> str:
+    """A pattern that the message of an error has when it holds these parts in their order."""
+    return "(?s)" + ".*".join(re.escape(part) for part in parts)
+
+
+# Input
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (2, 3, 4, 4), (1, 2, 3, 4, 5)], ids=str)
+def test_input_of_real_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check_input(torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_input_of_other_numbers(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=says(f"x is of type {dtype}", "pass x.float() / 255, pixels in [0, 1]")):
+        check_input(torch.zeros(2, 3, 4, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (0, 3, 4, 4)], ids=str)
+def test_input_that_is_no_batch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=says(f"x has shape {shape}; expected a batch of at least one sample")):
+        check_input(torch.zeros(shape))
+
+
+def test_finite_input() -> None:
+    check_finite(torch.tensor([[0.0, 1e38, -1e38, 1e-45]]))
+
+
+@pytest.mark.parametrize(("bad", "count"), [([math.nan], 1), ([math.inf, -math.inf], 2), ([math.nan, math.inf], 2)])
+def test_input_that_is_not_finite(bad: list[float], count: int) -> None:
+    with pytest.raises(ValueError, match=says(f"x holds {count} values that are NaN or infinite", "data loading")):
+        check_finite(torch.tensor([[0.0, 1.0, *bad]]))
+
+
+@pytest.mark.parametrize(
+    ("output", "name"), [((torch.zeros(1, 2),), "tuple"), ({"logits": torch.zeros(1, 2)}, "dict"), (None, "NoneType")]
+)
+def test_output_that_is_no_tensor(output: object, name: str) -> None:
+    check_logits(torch.zeros(1, 2))
+    check_logits(nn.Parameter(torch.zeros(1, 2)))
+    message = says(f"The model returned {name}; expected one tensor of logits", "lambda x: model(x).logits")
+    with pytest.raises(TypeError, match=message):
+        check_logits(output)
+
+
+# Labels
+
+LOGITS = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "y"),
+    [
+        (LOGITS, torch.tensor([0, 3, 1])),
+        (LOGITS, torch.full((3, 4), 0.25)),
+        (LOGITS, torch.full((3, 4), 0.25, dtype=torch.float64)),
+        (torch.zeros(3, 1), torch.tensor([0.0, 1.0, 1.0])),
+        (torch.zeros(3, 1), torch.tensor([[0.0], [1.0], [1.0]])),
+        (torch.zeros(3, 4, 5, 5), torch.zeros(3, 5, 5, dtype=torch.int64)),
+        (torch.zeros(3), torch.zeros(3)),
+    ],
+    ids=[
+        "classes",
+        "probabilities",
+        "double probabilities",
+        "binary",
+        "binary column",
+        "segmentation",
+        "regression",
+    ],
+)
+def test_labels_that_fit(logits: Tensor, y: Tensor) -> None:
+    check_labels(logits, y, look=True)
+    check_labels(logits, y, look=False)
+
+
+@pytest.mark.parametrize("look", [True, False])
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (
+            torch.zeros(3, 1, dtype=torch.int64),
+            ValueError,
+            says("Expected labels of shape (3,), got torch.int64 of shape (3, 1): use y.squeeze(1)."),
+        ),
+        (
+            torch.zeros(2, dtype=torch.int64),
+            ValueError,
+            says("classes of shape (3,) or probabilities of shape (3, 4) for logits of shape (3, 4)", "of shape (2,)."),
+        ),
+        (torch.zeros(3, 5), ValueError, says("probabilities of shape (3, 4)", "got torch.float32 of shape (3, 5).")),
+        (torch.zeros(4, 3), ValueError, says("probabilities of shape (3, 4)", "got torch.float32 of shape (4, 3).")),
+        (torch.tensor(1), ValueError, says("classes of shape (3,)", "got torch.int64 of shape ().")),
+        (torch.zeros(3), TypeError, says("Expected classes as torch.int64, got torch.float32", "use y.long().")),
+        (torch.zeros(3, dtype=torch.int32), TypeError, says("got torch.int32 of shape (3,): use y.long().")),
+        (torch.zeros(3, dtype=torch.bool), TypeError, says("got torch.bool of shape (3,): use y.long().")),
+        (
+            torch.eye(4, dtype=torch.int64)[:3],
+            TypeError,
+            says("Expected class probabilities as real numbers, got torch.int64", "y.to(logits.dtype), or y.argmax(1)"),
+        ),
+    ],
+    ids=["column", "count", "classes", "transposed", "scalar", "float", "int32", "bool", "whole one-hot"],
+)
+def test_labels_that_do_not_fit(y: Tensor, error: type[Exception], message: str, look: bool) -> None:
+    with pytest.raises(error, match=message):
+        check_labels(LOGITS, y, look=look)
+
+
+@pytest.mark.parametrize(
+    ("y", "low", "high"), [([0, -100, 1], -100, 1), ([0, -1, 3], -1, 3), ([0, 4, 1], 0, 4), ([-1, 9, 0], -1, 9)]
+)
+def test_labels_out_of_range(y: list[int], low: int, high: int) -> None:
+    message = says(
+        f"Labels run from {low} to {high}, but the model has 4 classes, 0 to 3.",
+        "label -100",
+        "leave it out of the batch",
+    )
+    with pytest.raises(ValueError, match=message):
+        check_labels(LOGITS, torch.tensor(y), look=True)
+    check_labels(LOGITS, torch.tensor(y), look=False)
+
+
+# Units
+
+
+@pytest.mark.parametrize(
+    ("eps", "span"),
+    [
+        (8 / 255, 1.0),
+        (0.999, 1.0),
+        (torch.full((3, 1, 1), 0.15), torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1)),
+        (torch.tensor([0.1, 0.9]).view(2, 1, 1, 1), torch.tensor(1.0)),
+    ],
+)
+def test_radius_of_a_pixel(eps: float | Tensor, span: float | Tensor) -> None:
+    check_radius(eps, span)
+
+
+@pytest.mark.parametrize(
+    ("eps", "span", "found"),
+    [
+        (4.0, 1.0, "eps=4 reaches over the whole pixel range of 1:"),
+        (1.0, 1.0, "eps=1 reaches over the whole pixel range of 1:"),
+        (torch.tensor([0.1, 2.0]).view(2, 1, 1), 1.0, "eps=2 reaches over the whole pixel range of 1:"),
+        (4.5, torch.tensor([4.0, 5.0]).view(2, 1, 1), "eps=4.5 reaches over the whole pixel range of 5:"),
+    ],
+)
+def test_radius_of_other_units(eps: float | Tensor, span: float | Tensor, found: str) -> None:
+    message = says(found, "write Linf(4 / 255), not Linf(4);", "Linf(4 / 255 / std)")
+    with pytest.raises(ValueError, match=message):
+        check_radius(eps, span)
+
+
+LOW, HIGH = torch.tensor([0.0, -1.0]).view(2, 1, 1), torch.tensor([1.0, 3.0]).view(2, 1, 1)
+
+
+def test_pixels_within_bounds() -> None:
+    x = torch.stack([torch.linspace(0, 1, 4).view(2, 2), torch.linspace(-1, 3, 4).view(2, 2)])[None]
+    check_bounds(x, LOW, HIGH)
+    check_bounds(x + 1e-7, LOW, HIGH)
+    check_bounds(torch.rand(2, 5), torch.tensor(0.0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_pixels_out_of_bounds(channel: int, side: str) -> None:
+    x = torch.full((2, 2, 3, 3), 0.5)
+    x[1, channel, 2, 0] = LOW[channel] - 1e-3 if side == "low" else HIGH[channel] + 1e-3
+    message = says("x lies in [", "outside the bounds [-1, 3]", "with_normalization", 'out_of_bounds="clamp"')
+    with pytest.raises(ValueError, match=message):
+        check_bounds(x, LOW, HIGH)
+
+
+def test_pixels_out_of_bounds_are_named() -> None:
+    with pytest.raises(ValueError, match=says("x lies in [-0.47, 1.27], outside the bounds [0, 1].")):
+        check_bounds(torch.tensor([[-0.47, 0.5, 1.27]]), torch.tensor(0.0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0])
+@pytest.mark.parametrize("high", [1.0, 2.0])
+def test_pixels_for_a_model_that_normalises(low: float, high: float) -> None:
+    check_not_normalized_twice(torch.tensor([[low, high]]))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2.1, 0.5), (-1.01, 0.0), (0.0, 2.01), (0.0, 255.0)])
+def test_pixels_that_are_normalised_already(low: float, high: float) -> None:
+    message = says(f"x lies in [{low:.3g}, {high:.3g}]", "normalised already, or in units of 0 to 255", "in [0, 1]")
+    with pytest.raises(ValueError, match=message):
+        check_not_normalized_twice(torch.tensor([[low, high]]))
+
+
+# Who looks
+
+
+class Owner:
+    pass
+
+
+def test_values_are_always_looked_at_on_the_cpu() -> None:
+    owner = Owner()
+    assert [may_look(owner, torch.zeros(1, 1), validate=False) for _ in range(3)] == [True] * 3
+
+
+def test_values_are_looked_at_once_where_that_synchronises() -> None:
+    elsewhere = torch.zeros(1, 1, device="meta")
+    one, other = Owner(), Owner()
+    assert [may_look(one, elsewhere, validate=False) for _ in range(3)] == [True, False, False]
+    assert [may_look(other, elsewhere, validate=False) for _ in range(2)] == [True, False]
+    assert [may_look(one, elsewhere, validate=True) for _ in range(2)] == [True, True]
+
+
+def test_warnings_are_warnings_of_the_user() -> None:
+    assert issubclass(GradregWarning, UserWarning)

@@ -1,0 +1,392 @@
+"""Penalties: the published formulas, closed forms, finite values where a gradient is 0, and one contract for all."""
+
+import copy
+import itertools
+import math
+import pickle
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gradreg import (
+    L1,
+    L2,
+    EdgeAlignmentPenalty,
+    GradNormPenalty,
+    Linf,
+    Penalty,
+    ThreatModel,
+    contour_energy,
+    edge_alignment,
+    grad_norm,
+    input_gradient,
+    oriented_energy,
+    with_normalization,
+)
+
+import reference
+from cases import CLASSES, make_batch, make_model, soft_labels
+from strategies import FLOATS, gradients, normals, powers_of_ten, radii
+
+every_energy = pytest.mark.parametrize("energy", [oriented_energy, contour_energy], ids=lambda energy: energy.__name__)
+every_level = pytest.mark.parametrize("level", ["sample", "batch"])
+P = {Linf: math.inf, L2: 2, L1: 1}
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64)
+
+
+def gradient_of_losses(model: nn.Module, z: Tensor, probabilities: Tensor) -> Tensor:
+    z = z.detach().requires_grad_()
+    return input_gradient(-(probabilities * model(z).log_softmax(1)).sum(1), z)
+
+
+# Gradient norm
+
+
+@pytest.mark.parametrize("kind", list(P), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@given(data=st.data())
+def test_grad_norm_is_the_dual_norm(kind: type[ThreatModel], dtype: torch.dtype, data: st.DataObject) -> None:
+    grad = data.draw(gradients(dtype))
+    eps = data.draw(radii(tuple(grad.shape)))
+    expected = reference.dual_norm(grad, eps, P[kind])
+    found = grad_norm(grad, kind(eps))
+    assert found.dtype == dtype
+    assert ((found.double() - expected).abs() <= (1e-6 if dtype == torch.float32 else 1e-12) * expected).all()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("name", ["mlp", "conv", "group_norm", "attention"])
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_grad_norm_is_the_published_penalty(size: int, name: str, labels: str) -> None:
+    """Of normalised images z = (x - m) / s with one s for all channels, whose gradients are s times as large."""
+    model = make_model(name)
+    on_pixels = with_normalization(model, mean=[0.45], std=[0.225]).double()
+    eps, std = 4 / 255, on_pixels.normalize.std.item()
+    x, y = make_batch(size)
+    z = on_pixels.normalize(x)
+    probabilities = soft_labels(y) if labels == "soft" else nn.functional.one_hot(y, CLASSES).double()
+    published = reference.published_gradient_penalty(model, z, probabilities, eps, std).item()
+    of_normalised = grad_norm(gradient_of_losses(model, z, probabilities), Linf(eps / std)).mean().item()
+    of_pixels = grad_norm(gradient_of_losses(on_pixels, x, probabilities), Linf(eps)).mean().item()
+    assert of_normalised == pytest.approx(published, rel=1e-10)
+    assert of_pixels == pytest.approx(published, rel=1e-10)
+
+
+def test_grad_norm_of_a_linear_model() -> None:
+    """The logistic loss log(1 + exp(-w.x)) has the gradient -w / (1 + exp(w.x))."""
+    w = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.5], [0.2, -0.1]], dtype=torch.float64, requires_grad=True)
+    grad = input_gradient(nn.functional.softplus(-(x @ w)), x)
+    slope = torch.sigmoid(-(x @ w)).detach()
+    for threat, size in ((Linf(0.5), 7.0), (L2(0.5), 5.0), (L1(0.5), 4.0)):
+        torch.testing.assert_close(grad_norm(grad, threat).detach(), 0.5 * size * slope, rtol=1e-12, atol=0)
+
+
+# Edge alignment
+
+
+@every_energy
+@pytest.mark.parametrize(("sign", "expected"), [(1, 0.0), (-1, 2.0)])
+def test_alignment_of_the_edges_themselves(energy: Callable[..., Tensor], sign: int, expected: float) -> None:
+    x = images(2, 3, 8, 8)
+    grad = sign * energy(x).expand_as(x)
+    torch.testing.assert_close(edge_alignment(grad, x, energy=energy), torch.full((2,), expected).double())
+
+
+@every_energy
+def test_alignment_of_an_orthogonal_gradient_is_one(energy: Callable[..., Tensor]) -> None:
+    x = images(2, 3, 8, 8)
+    edges = energy(x).expand_as(x)
+    grad = torch.randn_like(x)
+    share = (reference.inner(grad, edges) / reference.inner(edges, edges)).view(2, 1, 1, 1)
+    result = edge_alignment(grad - share * edges, x, energy=energy)
+    torch.testing.assert_close(result, torch.ones(2).double(), rtol=0, atol=1e-10)
+
+
+@every_energy
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@given(data=st.data())
+def test_alignment_is_one_minus_the_cosine(
+    energy: Callable[..., Tensor], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    grad = data.draw(gradients(dtype, shape=(3, 2, 6, 7)))
+    x = data.draw(normals((3, 2, 6, 7), dtype))
+    found = edge_alignment(grad, x, sigma=0.8, energy=energy)
+    expected = reference.one_minus_cosine(grad, energy(x.double(), sigma=0.8).expand_as(grad))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@every_level
+@given(data=st.data())
+def test_alignment_ignores_the_size_of_the_gradient(level: str, data: st.DataObject) -> None:
+    grad, x = data.draw(normals((3, 2, 6, 7), torch.float64)), images(3, 2, 6, 7)
+    plain = edge_alignment(grad, x, level=level)
+    scale = data.draw(powers_of_ten(-100, 100))
+    torch.testing.assert_close(edge_alignment(scale * grad, x, level=level), plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(edge_alignment(-grad, x, level=level), 2 - plain, rtol=0, atol=1e-12)
+    if level == "sample":
+        scales = torch.rand(3, 1, 1, 1, dtype=torch.float64) + 0.1
+        torch.testing.assert_close(edge_alignment(scales * grad, x), plain, rtol=0, atol=1e-12)
+        assert ((plain >= -1e-12) & (plain <= 2 + 1e-12)).all()
+
+
+@every_energy
+@pytest.mark.parametrize("size", [1, 4])
+def test_alignment_of_the_batch_is_the_loss_of_the_released_code(energy: Callable[..., Tensor], size: int) -> None:
+    x = images(size, 3, 8, 8)
+    grad = torch.randn_like(x) * torch.logspace(-2, 2, size, dtype=torch.float64).view(-1, 1, 1, 1)
+    edges = energy(x).expand_as(x)
+    mean = edge_alignment(grad, x, energy=energy, level="batch").mean().item()
+    cosine = nn.functional.cosine_similarity(grad.flatten(), edges.flatten(), dim=0).item()
+    assert mean == pytest.approx(1 - cosine, abs=1e-10)
+    assert 2 * mean == pytest.approx(reference.squared_error_of_normalised(grad, edges).item(), abs=1e-10)
+
+
+def test_alignment_of_one_image_is_that_of_its_batch() -> None:
+    x, grad = images(1, 3, 8, 8), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(edge_alignment(grad, x, level="batch"), edge_alignment(grad, x))
+
+
+def test_batch_level_shares_add_up_and_weigh_by_size() -> None:
+    x = images(2, 3, 8, 8)
+    grad = oriented_energy(x) * torch.tensor([1.0, -1e-6]).view(2, 1, 1, 1)
+    shares = edge_alignment(grad, x, level="batch")
+    cosine = nn.functional.cosine_similarity(grad.flatten(), oriented_energy(x).flatten(), dim=0)
+    torch.testing.assert_close(shares.mean(), 1 - cosine)
+    assert shares[1].item() == pytest.approx(1.0, abs=1e-5)
+
+
+@every_energy
+@every_level
+def test_alignment_where_a_gradient_or_an_image_is_flat(energy: Callable[..., Tensor], level: str) -> None:
+    grad, x = torch.randn(4, 3, 8, 8, dtype=torch.float64), images(4, 3, 8, 8)
+    grad[0] = 0
+    x[1] = 0
+    grad[2], x[2] = 0, 0
+    leaf = grad.clone().requires_grad_()
+    result = edge_alignment(leaf, x, energy=energy, level=level)
+    assert result[:3].tolist() == [1.0, 1.0, 1.0]
+    (derivative,) = torch.autograd.grad(result.sum(), leaf)
+    assert derivative.isfinite().all()
+    assert derivative[3].any()
+    if level == "sample":
+        assert not derivative[:3].any()
+
+
+@every_energy
+@every_level
+def test_alignment_of_nothing_at_all(energy: Callable[..., Tensor], level: str) -> None:
+    leaf = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    result = edge_alignment(leaf, torch.zeros(2, 3, 8, 8), energy=energy, level=level)
+    assert result.tolist() == [1.0, 1.0]
+    (derivative,) = torch.autograd.grad(result.sum(), leaf)
+    assert not derivative.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    grad, x = (1e-4 * torch.randn(2, 3, 32, 32)).to(dtype), torch.rand(2, 3, 32, 32).to(dtype)
+    assert torch.equal(edge_alignment(grad, x), edge_alignment(grad.float(), x.float()))
+    assert torch.equal(grad_norm(grad, Linf(0.5)), grad_norm(grad.float(), Linf(0.5)))
+
+
+def test_alignment_takes_any_energy_of_image_and_width() -> None:
+    def brightness(x: Tensor, *, sigma: float) -> Tensor:
+        assert x.dtype in FLOATS
+        return sigma * x.sum(1, keepdim=True)
+
+    x, grad = images(2, 3, 2, 2), torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    expected = reference.one_minus_cosine(grad, x.sum(1, keepdim=True).expand_as(x))
+    torch.testing.assert_close(edge_alignment(grad, x, energy=brightness), expected)
+    torch.testing.assert_close(EdgeAlignmentPenalty(energy=brightness)(grad, x), expected)
+    assert edge_alignment(grad.half(), x.half(), energy=brightness).dtype == torch.float32
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("threat", [Linf(0.5), L2(0.5), L1(0.5)], ids=repr)
+def test_grad_norm_has_its_derivatives(threat: ThreatModel) -> None:
+    grad = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda grad: grad_norm(grad, threat), grad)
+    assert torch.autograd.gradgradcheck(lambda grad: grad_norm(grad, threat), grad)
+
+
+@every_energy
+@every_level
+def test_alignment_has_its_derivatives(energy: Callable[..., Tensor], level: str) -> None:
+    grad = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    x = images(2, 2, 4, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda g, x: edge_alignment(g, x, energy=energy, level=level), (grad, x))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("grad_shape", "x_shape"), [((2, 3, 8, 8), (2, 3, 8, 9)), ((2, 1, 8, 8), (2, 3, 8, 8)), ((2, 8), (2, 8))], ids=str
+)
+@pytest.mark.parametrize("penalty", [edge_alignment, EdgeAlignmentPenalty()], ids=["function", "module"])
+def test_alignment_needs_images(
+    grad_shape: tuple[int, ...], x_shape: tuple[int, ...], penalty: Callable[..., Tensor], unchecked: None
+) -> None:
+    message = f"edge_alignment: expected grad and x to be images of one shape (B, C, H, W), got {grad_shape} and "
+    with pytest.raises(ValueError, match=re.escape(f"{message}{x_shape}.")):
+        penalty(torch.rand(grad_shape), torch.rand(x_shape))
+
+
+def test_alignment_has_two_levels(unchecked: None) -> None:
+    with pytest.raises(ValueError, match=r'^edge_alignment: level is "sample" or "batch", got \'image\'\.$'):
+        edge_alignment(images(1, 1, 8, 8), images(1, 1, 8, 8), level="image")
+    with pytest.raises(ValueError, match=r'^EdgeAlignmentPenalty: level is "sample" or "batch", got \'image\'\.$'):
+        EdgeAlignmentPenalty(level="image")
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
+def test_alignment_needs_a_width(sigma: float) -> None:
+    with pytest.raises(ValueError, match=f"^EdgeAlignmentPenalty: sigma is a width in pixels .* got {sigma}"):
+        EdgeAlignmentPenalty(sigma=sigma)
+    with pytest.raises(ValueError, match=f"sigma is a width in pixels and must be above 0, got {sigma}"):
+        edge_alignment(images(1, 1, 8, 8), images(1, 1, 8, 8), sigma=sigma)
+
+
+@pytest.mark.parametrize("threat", [4 / 255, "Linf", Linf])
+def test_grad_norm_penalty_needs_a_threat_model(threat: object, unchecked: None) -> None:
+    found = type(threat).__name__
+    with pytest.raises(TypeError, match=rf"^GradNormPenalty: expected a threat model such as Linf\(.*got {found}\.$"):
+        GradNormPenalty(threat)
+
+
+def test_penalty_is_abstract() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Penalty()
+
+
+# One contract for every penalty
+
+PENALTIES: dict[str, Callable[[], Penalty]] = {
+    "grad norm, Linf": lambda: GradNormPenalty(Linf(4 / 255)),
+    "grad norm, L2": lambda: GradNormPenalty(L2(0.5)),
+    "grad norm, L1": lambda: GradNormPenalty(L1(12.0)),
+    "grad norm, channels": lambda: GradNormPenalty(Linf(torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))),
+    "edges": lambda: EdgeAlignmentPenalty(sigma=0.7),
+    "edges, contours": lambda: EdgeAlignmentPenalty(energy=contour_energy),
+    "edges, batch": lambda: EdgeAlignmentPenalty(level="batch"),
+}
+every_penalty = pytest.mark.parametrize("penalty", [make() for make in PENALTIES.values()], ids=list(PENALTIES))
+
+
+def as_function(penalty: Penalty, grad: Tensor, x: Tensor) -> Tensor:
+    """The function that the module stands for."""
+    if isinstance(penalty, GradNormPenalty):
+        return grad_norm(grad, penalty.threat)
+    assert isinstance(penalty, EdgeAlignmentPenalty)
+    return edge_alignment(grad, x, sigma=penalty.sigma, energy=penalty.energy, level=penalty.level)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 3, 8, 8, dtype=torch.float64), images(4, 3, 8, 8)
+
+
+def test_every_penalty_is_in_the_contract() -> None:
+    assert {type(make()) for make in PENALTIES.values()} == set(Penalty.__subclasses__())
+
+
+@every_penalty
+def test_penalty_is_its_function(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(penalty(*batch), as_function(penalty, *batch))
+
+
+@every_penalty
+def test_penalty_is_one_finite_number_per_sample(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    for size, dtype in itertools.product((1, 4), FLOATS):
+        result = penalty(*(tensor[:size].to(dtype) for tensor in batch))
+        assert result.shape == (size,)
+        assert result.dtype == dtype
+        assert result.isfinite().all()
+
+
+@every_penalty
+def test_penalty_permutes_with_the_batch(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    grad, x = batch
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(penalty(grad[order], x[order]), penalty(grad, x)[order], rtol=1e-12, atol=1e-12)
+
+
+@every_penalty
+def test_penalty_of_a_sample_does_not_depend_on_the_others(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    grad, x = batch
+    alone = torch.cat([penalty(grad[index : index + 1], x[index : index + 1]) for index in range(len(x))])
+    together = penalty(grad, x)
+    assert torch.allclose(alone, together, rtol=1e-12) == (getattr(penalty, "level", "sample") == "sample")
+
+
+@every_penalty
+def test_penalty_trains_through_the_gradient_only(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    grad, x = batch[0].requires_grad_(), batch[1]
+    (derivative,) = torch.autograd.grad(penalty(grad, x).sum(), grad)
+    assert derivative.isfinite().all()
+    assert derivative.flatten(1).any(1).all()
+
+
+@every_penalty
+def test_penalty_has_no_state(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    assert not penalty.state_dict()
+    assert not list(penalty.parameters())
+    assert not list(penalty.buffers())
+    first = penalty(*batch)
+    penalty(torch.randn_like(batch[0]), batch[1])
+    assert torch.equal(penalty(*batch), first)
+    assert torch.equal(penalty.train(False)(*batch), first)
+
+
+@every_penalty
+def test_penalty_can_be_copied_and_pickled(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    for other in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
+        assert type(other) is type(penalty)
+        assert repr(other) == repr(penalty)
+        assert torch.equal(other(*batch), penalty(*batch))
+
+
+@every_penalty
+def test_penalty_changes_nothing(penalty: Penalty, batch: tuple[Tensor, Tensor]) -> None:
+    before = [tensor.clone() for tensor in batch]
+    versions = [tensor._version for tensor in batch]
+    state = torch.get_rng_state()
+    penalty(*batch)
+    assert all(torch.equal(tensor, saved) for tensor, saved in zip(batch, before, strict=True))
+    assert [tensor._version for tensor in batch] == versions
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "text"),
+    [
+        (GradNormPenalty(Linf(0.25)), "GradNormPenalty(Linf(eps=0.25))"),
+        (GradNormPenalty(L1(12.0, density=0.1)), "GradNormPenalty(L1(eps=12.0, density=0.1))"),
+        (EdgeAlignmentPenalty(), "EdgeAlignmentPenalty(sigma=1.0, energy=oriented_energy, level='sample')"),
+        (
+            EdgeAlignmentPenalty(0.5, energy=contour_energy, level="batch"),
+            "EdgeAlignmentPenalty(sigma=0.5, energy=contour_energy, level='batch')",
+        ),
+    ],
+    ids=str,
+)
+def test_penalty_is_written_as_it_is_made(penalty: Penalty, text: str) -> None:
+    assert repr(penalty) == text
+    assert repr(eval(text)) == text
+
+
+def test_grad_norm_penalty_needs_no_input(batch: tuple[Tensor, Tensor]) -> None:
+    penalty = GradNormPenalty(L2(0.5))
+    assert torch.equal(penalty(batch[0]), penalty(*batch))

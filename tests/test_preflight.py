@@ -1,0 +1,758 @@
+"""preflight: its verdict is what double backward then does, its mend makes it pass, and it changes nothing."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from gradreg.objective import PenalizedLoss, PenalizedModel, Term
+from gradreg.penalties import GradNormPenalty
+from gradreg.preflight import Finding, PreflightReport, preflight
+from gradreg.smooth import smoothify
+from gradreg.threat_models import Linf
+
+CLASSES = 3
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def double_backward_works(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """The exact penalty by hand: does it run, and are its gradients finite and not all zero?"""
+    try:
+        leaf = x.detach().requires_grad_()
+        losses = F.cross_entropy(model(leaf), y, reduction="none")
+        (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+        grad.abs().sum().backward()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # else the gradients stay with the unsharded parameters
+    except Exception:
+        return False
+    finally:
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for parameter in model.parameters():
+            parameter.grad = None
+    return all(bool(g.isfinite().all()) for g in grads) and any(bool(g.any()) for g in grads)
+
+
+def features(*layers: nn.Module) -> nn.Sequential:
+    """A classifier of 8 features with the layers in its middle."""
+    return nn.Sequential(nn.Linear(8, 8), *layers, nn.Linear(8, CLASSES))
+
+
+def convnet(norm: nn.Module, *, train: bool = True) -> nn.Module:
+    layers = (nn.Conv2d(3, 4, 3), norm, nn.GELU(), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(CLASSES))
+    net = nn.Sequential(*layers)
+    net(torch.zeros(2, 3, 8, 8))
+    return net.train(train)
+
+
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor], *modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.inner = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x, *self.inner)
+
+
+class Attention(nn.Module):
+    """Self-attention over two tokens of four features."""
+
+    def __init__(self, *, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.unflatten(1, (2, 4))
+        return self.head(self.attention(tokens, tokens, tokens, need_weights=self.need_weights)[0].flatten(1))
+
+
+def encoder(dropout: float = 0.0) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (2, 4)), layer, nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+def vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=CLASSES)
+
+
+def swin() -> nn.Module:
+    sizes = {"img_size": 64, "window_size": 2, "depths": (2, 2), "num_heads": (3, 6), "embed_dim": 24}
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=CLASSES, **sizes)
+
+
+def compiled_in_place() -> nn.Module:
+    model = Apply(lambda x, net: net(x), features(nn.GELU()))  # not every torch compiles an nn.Sequential itself
+    model.compile(backend="aot_eager")
+    return model
+
+
+def scripted(*layers: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.script(features(nn.GELU(), *layers))
+
+
+class Square(torch.autograd.Function):
+    """A function whose gradient has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def no_grad_body(x: Tensor, body: nn.Module, head: nn.Module) -> Tensor:
+    with torch.no_grad():
+        hidden = body(x)
+    return head(hidden)
+
+
+def through_checkpoint(*, reentrant: bool) -> nn.Module:
+    return features(Apply(lambda x, body: checkpoint(body, x, use_reentrant=reentrant), nn.Linear(8, 8)), nn.GELU())
+
+
+def frozen(model: nn.Module, count: int | None = None) -> nn.Module:
+    for parameter in list(model.parameters())[:count]:
+        parameter.requires_grad_(False)
+    return model
+
+
+def inside_math(model: nn.Module) -> nn.Module:
+    """The mend for fused attention: the forward pass with the backend that has second derivatives."""
+
+    def forward(x: Tensor, inner: nn.Module) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return inner(x)
+
+    return Apply(forward, model)
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+def replaced(index: int, module: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    def mend(model: nn.Module) -> nn.Module:
+        model[index] = module
+        return model
+
+    return mend
+
+
+@dataclass(frozen=True)
+class Works:
+    build: Callable[[], nn.Module]
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Fails:
+    build: Callable[[], nn.Module]
+    where: str
+    problem: str
+    mend: Callable[[nn.Module], nn.Module]
+    image: int = 0
+
+
+WORKING = {
+    "swin_tiny": Works(swin, 64),
+    "resnet18": Works(lambda: torchvision.models.resnet18(num_classes=CLASSES), 32),
+    "attention with weights": Works(lambda: Attention(need_weights=True)),
+    "encoder with dropout": Works(lambda: encoder(0.1)),
+    "BatchNorm, train": Works(lambda: convnet(nn.BatchNorm2d(4)), 8),
+    "BatchNorm, eval": Works(lambda: convnet(nn.BatchNorm2d(4), train=False), 8),
+    "GroupNorm, dropout": Works(lambda: convnet(nn.GroupNorm(2, 4)), 8),
+    "SyncBatchNorm alone": Works(lambda: features(nn.SyncBatchNorm(8), nn.GELU())),
+    "ReLU": Works(lambda: features(nn.ReLU())),
+    "compiled, eager": Works(lambda: torch.compile(features(nn.GELU()), backend="eager")),
+    "checkpoint": Works(lambda: through_checkpoint(reentrant=False)),
+    "script": Works(scripted),
+    "some frozen": Works(lambda: frozen(features(nn.GELU()), 2)),
+    "LSTM": Works(lambda: features(Apply(lambda x, lstm: lstm(x[:, None])[0][:, 0], nn.LSTM(8, 8)))),
+}
+
+FAILING = {
+    "vit_tiny": Fails(vit, "blocks.0.attn, blocks.1.attn", "fused attention", unfused, 32),
+    "vit_tiny, math": Fails(vit, "blocks.0.attn, blocks.1.attn", "fused attention", inside_math, 32),
+    "attention": Fails(lambda: Attention(need_weights=False), "attention", "fused attention", inside_math),
+    "encoder, train": Fails(encoder, "1.self_attn", "fused attention", inside_math),
+    "encoder, eval": Fails(lambda: encoder(0.1).eval(), "1.self_attn", "fused attention", inside_math),
+    "compiled": Fails(
+        lambda: torch.compile(features(nn.GELU()), backend="aot_eager"),
+        "",
+        "torch.compile",
+        lambda model: model._orig_mod,
+    ),
+    "compiled in place": Fails(
+        lambda: nn.Sequential(compiled_in_place()),
+        "0",
+        "torch.compile",
+        lambda model: nn.Sequential(features(nn.GELU())),
+    ),
+    "compiled function": Fails(
+        lambda: features(Apply(torch.compile(F.gelu, backend="aot_eager"))),
+        "1",
+        "torch.compile",
+        replaced(1, nn.GELU()),
+    ),
+    "compiled in front": Fails(
+        lambda: nn.Sequential(Apply(torch.compile(torch.square, backend="aot_eager")), features(nn.GELU())),
+        "0",
+        "torch.compile",
+        replaced(0, Apply(torch.square)),
+    ),
+    "reentrant checkpoint": Fails(
+        lambda: through_checkpoint(reentrant=True),
+        "1",
+        "reentrant",
+        lambda model: through_checkpoint(reentrant=False),
+    ),
+    "mobilenetv3": Fails(
+        lambda: timm.create_model("mobilenetv3_small_050", num_classes=CLASSES),
+        ", ".join(f"blocks.{name}.se.gate" for name in ("0.0", "2.0", "2.1", "2.2", "3.0", "3.1", "4.0", "4.1", "4.2")),
+        "HardsigmoidBackward0",
+        smoothify,
+        32,
+    ),
+    "two operations": Fails(
+        lambda: features(nn.Hardsigmoid(), Apply(Square.apply)),
+        "1",
+        "Hardsigmoid",
+        lambda model: features(nn.Sigmoid()),
+    ),
+    "before any parameter": Fails(
+        lambda: nn.Sequential(nn.Hardsigmoid(), features(nn.GELU())), "0", "Hardsigmoid", smoothify
+    ),
+    "no first derivative": Fails(
+        lambda: features(Apply(lambda x: torch.igamma(x.square() + 1, x.square() + 1))),
+        "1",
+        "Igamma",
+        replaced(1, nn.GELU()),
+    ),
+    "compiled, operation": Fails(
+        lambda: torch.compile(features(nn.Hardsigmoid()), backend="eager"),
+        "",
+        "Hardsigmoid",
+        lambda model: smoothify(model._orig_mod),
+    ),
+    "once_differentiable": Fails(
+        lambda: features(Apply(Square.apply)), "1", "once_differentiable", replaced(1, Apply(torch.square))
+    ),
+    "all frozen": Fails(
+        lambda: frozen(features(nn.GELU())), "", "no parameter requires grad", lambda model: model.requires_grad_()
+    ),
+    "penalty moves nothing": Fails(
+        lambda: Apply(lambda x, net, spare: net(x), frozen(features(nn.GELU())), nn.Linear(1, 1)),
+        "",
+        "0 for every trainable parameter",
+        lambda model: model.inner[0].requires_grad_(),
+    ),
+    "round": Fails(
+        lambda: nn.Sequential(nn.Identity(), Apply(lambda x: (x * 255).round() / 255), features(nn.GELU())),
+        "1",
+        "step function",
+        replaced(1, nn.Identity()),
+    ),
+    "no_grad": Fails(
+        lambda: Apply(no_grad_body, nn.Linear(8, 8), nn.Linear(8, CLASSES)),
+        "inner.0",
+        "do not depend on x",
+        lambda model: nn.Sequential(*model.inner),
+    ),
+    "detach": Fails(lambda: features(Apply(Tensor.detach)), "1", "do not depend on x", replaced(1, nn.GELU())),
+    "tuple": Fails(
+        lambda: Apply(lambda x, net: (net(x), x), features(nn.GELU())), "", "tuple", lambda model: model.inner[0]
+    ),
+    "dict": Fails(
+        lambda: Apply(lambda x, net: {"logits": net(x)}, features(nn.GELU())), "", "dict", lambda model: model.inner[0]
+    ),
+    "in-place on x": Fails(
+        lambda: nn.Sequential(nn.ReLU(inplace=True), features(nn.GELU())),
+        "0",
+        "in place",
+        replaced(0, nn.ReLU(inplace=False)),
+    ),
+    "wrong size": Fails(
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(7, CLASSES)), "1", "forward pass", replaced(1, nn.Linear(8, 3))
+    ),
+    "square root at 0": Fails(
+        lambda: features(Apply(lambda x: (x * 0).sqrt() + x)), "1", "NaN", replaced(1, nn.GELU())
+    ),
+    "logarithm of 0": Fails(lambda: features(Apply(lambda x: (x * 0).log())), "1", "NaN", replaced(1, nn.GELU())),
+    "third root at 0": Fails(
+        lambda: features(Apply(lambda x: (x.abs() * 0).pow(1.5) + x * x)), "0", "NaN", replaced(1, nn.GELU())
+    ),
+}
+
+
+def batch(image: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    shape = (4, 3, image, image) if image else (4, 8)
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(shape, generator=generator).to(device), torch.tensor([0, 1, 2, 0], device=device)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("case", WORKING.values(), ids=WORKING)
+def test_finds_no_error_where_double_backward_works(case: Works, device: str) -> None:
+    model = case.build().to(device)
+    x, y = batch(case.image, device)
+    report = preflight(model, x, y)
+    assert report.ok, str(report)
+    assert double_backward_works(model, x, y)
+
+
+# torch.compile looks at the .grad of a function's inputs, which warns for inputs that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("case", FAILING.values(), ids=FAILING)
+def test_names_what_fails_and_a_mend_that_works(case: Fails, device: str) -> None:
+    model = case.build().to(device)
+    x, y = batch(case.image, device)
+    report = preflight(model, x, y)
+    assert not report.ok
+    assert not double_backward_works(model, x, y)
+    assert any(case.where == error.where and case.problem in error.problem for error in report.errors), str(report)
+    mended = case.mend(model).to(device)
+    assert preflight(mended, x, y).ok
+    assert double_backward_works(mended, x, y)
+
+
+def test_attributes_functional_operations_to_the_module_that_runs_them() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.hardsigmoid(self.first(x)))
+
+    x, y = batch(0)
+    (error,) = preflight(nn.Sequential(nn.Identity(), Block()), x, y).errors
+    assert error.where == "1"
+
+
+def test_names_every_operation_at_once() -> None:
+    x, y = batch(0)
+    errors = preflight(features(nn.Hardsigmoid(), nn.GELU(), Apply(Square.apply)), x, y).errors
+    assert {error.where for error in errors} == {"1", "3"}
+    assert not any("aten" in error.problem for error in errors)  # the exception was of one of them alone
+
+
+def test_does_not_compile_a_compiled_model_again() -> None:
+    counter = CompileCounter()
+    (error,) = preflight(torch.compile(features(nn.Hardsigmoid()), backend=counter), *batch(0)).errors
+    assert error.where == ""
+    assert counter.frame_count == 1
+
+
+def test_a_scripted_model_is_one_piece() -> None:
+    (error,) = preflight(nn.Sequential(scripted(nn.Hardsigmoid())), *batch(0)).errors
+    assert error.where == ""
+
+
+def test_names_the_criterion() -> None:
+    x, y = batch(0)
+    report = preflight(features(), x, y, criterion=lambda logits, y: F.hardsigmoid(logits).sum(1))
+    assert [error.where for error in report.errors] == ["the criterion"]
+
+
+# ---------------------------------------------------------------------------------------------- the batch
+
+
+def one_label_changed(value: int) -> Tensor:
+    y = batch(0)[1]
+    y[0] = value
+    return y
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (batch(0)[0].mul(255).byte(), batch(0)[1], "uint8"),
+        (batch(0)[0].log() * 0 + torch.nan, batch(0)[1], "NaN"),
+        (batch(0)[0][0], batch(0)[1], "expected a batch"),
+        (batch(0)[0], one_label_changed(-100), "-100"),
+        (batch(0)[0], one_label_changed(CLASSES), "has 3 classes"),
+        (batch(0)[0], batch(0)[1].float(), "int64"),
+        (batch(0)[0], batch(0)[1].int(), "int64"),
+        (batch(0)[0], batch(0)[1][:, None], "squeeze"),
+        (batch(0)[0], F.one_hot(batch(0)[1]), "probabilities"),
+        (batch(0)[0], batch(0)[1][:2], "Expected classes of shape"),
+    ],
+)
+def test_names_what_is_wrong_with_the_batch(x: Tensor, y: Tensor, message: str) -> None:
+    (error,) = preflight(features(nn.GELU()), x, y).errors
+    assert message in error.problem
+
+
+def test_takes_class_probabilities() -> None:
+    x, y = batch(0)
+    assert preflight(features(nn.GELU()), x, F.one_hot(y, CLASSES).float()).ok
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (F.cross_entropy, "reduction"),
+        (lambda logits, y: logits, "Expected one loss per sample"),
+        (lambda logits, y: logits[:, y + 10].sum(1), "IndexError"),
+        (lambda logits, y: logits.sum(1) * torch.inf, "NaN or infinity"),
+        (lambda logits, y: (logits.argmax(1) == y).float(), "no graph"),
+    ],
+)
+def test_names_what_is_wrong_with_the_criterion(criterion: Callable[..., Tensor], message: str) -> None:
+    x, y = batch(0)
+    (error,) = preflight(features(nn.GELU()), x, y, criterion=criterion).errors
+    assert error.where == "the criterion"
+    assert message in error.problem
+
+
+@pytest.mark.parametrize("which", ["x", "y", "parameters"])
+def test_inference_mode(which: str) -> None:
+    model, (x, y) = features(nn.GELU()), batch(0)
+    with torch.inference_mode():
+        bad = {"x": x.clone(), "y": y.clone(), "parameters": features(nn.GELU())}[which]
+    args = {"model": model, "x": x, "y": y} | {"model" if which == "parameters" else which: bad}
+    assert "inference_mode" in preflight(**args).errors[0].problem
+    assert not double_backward_works(**args)
+    if which != "parameters":  # the mend
+        args[which] = bad.clone()
+        assert preflight(**args).ok
+        assert double_backward_works(**args)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_enables_gradients_by_itself(mode: type[torch.no_grad]) -> None:
+    model, (x, y) = features(nn.GELU()), batch(0)
+    with mode():
+        assert preflight(model, x, y).ok
+
+
+def test_a_lazy_module_is_left_lazy() -> None:
+    model = nn.Sequential(nn.LazyLinear(CLASSES))
+    (error,) = preflight(model, *batch(0)).errors
+    assert error.where == "0"
+    assert isinstance(model[0], nn.LazyLinear)
+    model(batch(0)[0])
+    assert preflight(model, *batch(0)).ok
+
+
+# --------------------------------------------------------------------------------------------- warnings
+
+
+def warnings_about(report: PreflightReport, part: str) -> list[str]:
+    return [finding.where for finding in report.findings if part in finding.problem and finding.severity == "warning"]
+
+
+def test_warns_of_activations_that_smoothify_replaces() -> None:
+    model, (x, y) = features(nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), batch(0)
+    assert warnings_about(preflight(model, x, y), "not smooth") == ["1, 3"]
+    assert preflight(smoothify(model), x, y).findings == ()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"track_running_stats": False}])
+def test_warns_of_batch_statistics(kwargs: dict[str, bool]) -> None:
+    model, (x, y) = features(nn.BatchNorm1d(8, **kwargs), nn.GELU()), batch(0)
+    assert warnings_about(preflight(model, x, y), "BatchNorm") == ["1"]
+    model.eval()
+    # Without running statistics the batch's own are used in either mode: the gradients really mix.
+    assert bool(warnings_about(preflight(model, x, y), "BatchNorm")) == samples_mix(model, x, y)
+
+
+def samples_mix(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="none")[0], x)
+    return bool(grad[1:].any())
+
+
+def test_a_saturated_loss_is_a_warning() -> None:
+    model, (x, y) = features(nn.GELU()), batch(0)
+    model[-1].bias.data[0] = 1000.0
+    report = preflight(model, x, torch.zeros_like(y))
+    assert report.ok
+    assert warnings_about(report, "saturated") == [""]
+    assert preflight(model, x, torch.ones_like(y)).findings == ()
+
+
+# ------------------------------------------------------------------------------------ distributed training
+
+
+@pytest.fixture
+def _process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def objective() -> PenalizedLoss:
+    return PenalizedLoss(nn.CrossEntropyLoss(reduction="none"), {"norm": Term(GradNormPenalty(Linf(0.1)), weight=1.0)})
+
+
+def explicit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The total of the same objective, with the input gradient taken outside of the model's forward pass."""
+    x = x.clone().requires_grad_()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    return losses.mean() + 0.1 * grad.abs().flatten(1).sum(1).mean()
+
+
+def is_synchronized_like(
+    ddp: DistributedDataParallel, reference: nn.Module, total: Callable[[nn.Module], Tensor]
+) -> bool:
+    """Whether DDP's communication hook, which here doubles the gradients that it sees, sees those of two steps."""
+
+    def double(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(2 * bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, double)
+    for _ in range(2):
+        for module in (ddp, reference):
+            module.zero_grad()
+            total(module).backward()
+        pairs = zip(ddp.parameters(), reference.parameters(), strict=True)
+        if not all(torch.allclose(seen.grad, 2 * own.grad) for seen, own in pairs):
+            return False
+    return True
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
+@pytest.mark.parametrize("inside", [False, True])
+def test_ddp(options: dict[str, bool], inside: bool) -> None:
+    x, y = batch(0)
+    model = features(nn.GELU())
+    if inside:  # the mend: one forward pass with the penalty in it
+        assert preflight(model, x, y).ok
+        ddp = DistributedDataParallel(PenalizedModel(model, objective()), **options)
+        reference = copy.deepcopy(ddp.module)
+        assert is_synchronized_like(ddp, reference, lambda module: module(x, y).total)
+        return
+    ddp = DistributedDataParallel(model, **options)
+    reference = copy.deepcopy(model)
+    report = preflight(ddp, x, y)
+    assert [error.where for error in report.errors] == ([""] if options.get("static_graph") else [])
+    assert report.ok == is_synchronized_like(ddp, reference, lambda module: explicit(module, x, y))
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_ddp_around_batch_norm_is_warned_of_per_rank() -> None:
+    report = preflight(DistributedDataParallel(features(nn.BatchNorm1d(8), nn.GELU())), *batch(0))
+    assert report.ok
+    assert warnings_about(report, "on its rank") == ["module.1"]
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_preflight_leaves_ddp_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch(0)
+    unused = Apply(lambda x, net, spare: net(x), features(nn.BatchNorm1d(8), nn.GELU()), nn.Linear(1, 1))
+    ddp = DistributedDataParallel(unused, find_unused_parameters=True)
+    before = {name: value for name, value in vars(ddp).items() if name.startswith("require_")}
+    with monkeypatch.context() as patch:
+        patch.setattr(ddp, "_sync_buffers", lambda: pytest.fail("preflight broadcasts buffers"))
+        assert preflight(ddp, x, y).ok
+    assert {name: value for name, value in vars(ddp).items() if name.startswith("require_")} == before
+    explicit(ddp, x, y).backward()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_synchronized_batch_norm() -> None:
+    model, (x, y) = features(nn.SyncBatchNorm(8), nn.GELU()), batch(0)
+    report = preflight(model, x, y)
+    assert [error.where for error in report.errors] == ["1"]
+    assert not double_backward_works(model, x, y)
+    model.eval()  # the mend
+    assert preflight(model, x, y).findings == ()
+    assert double_backward_works(model, x, y)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard needs a GPU in this version of torch"
+)
+@pytest.mark.usefixtures("_process_group")
+def test_fsdp() -> None:
+    x, y = batch(0)
+    model = nn.Sequential(features(nn.GELU()), nn.Linear(CLASSES, CLASSES))
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh)
+    report = preflight(model, x, y)
+    assert [error.where for error in report.errors] == ["0"]
+    assert "reshard" in report.errors[0].mend
+    model.set_reshard_after_backward(False, recurse=True)
+    runs: list[None] = []
+    handle = model.register_forward_hook(lambda *_: runs.append(None))
+    report = preflight(model, x, y)
+    handle.remove()
+    assert report.ok
+    assert not runs
+    assert warnings_about(report, "not run by preflight")
+    assert double_backward_works(model, x, y)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard needs a GPU in this version of torch"
+)
+@pytest.mark.usefixtures("_process_group")
+def test_fsdp_without_the_recipe_fails() -> None:
+    model = features(nn.GELU())
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh)
+    assert isinstance(model, FSDPModule)
+    assert not double_backward_works(model, *batch(0))
+
+
+# ------------------------------------------------------------------------------------- nothing is changed
+
+
+class Restless(nn.Module):
+    """Its forward pass changes what a forward pass can change: flags, buffers in place and re-bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.zeros(2))
+        self.register_buffer("bound", torch.zeros(2))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.bound = self.bound + torch.nan
+        self.nothing = torch.ones(2)
+        self.training = not self.training
+        return x + torch.rand_like(x)
+
+
+def failing_forward(x: Tensor, *modules: nn.Module) -> Tensor:
+    for module in modules:
+        x = module(x)
+    raise KeyError("no such thing")
+
+
+def write_to_x(x: Tensor) -> Tensor:
+    x.data.mul_(2)
+    return x * 1
+
+
+UNCHANGED: dict[str, Callable[[], nn.Module]] = {
+    "passes": lambda: features(nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(), Restless()),
+    "spectral norm": lambda: features(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.GELU()),
+    "fails twice": lambda: features(nn.BatchNorm1d(8), nn.Dropout(), nn.Hardsigmoid(), Restless()),
+    "forward raises": lambda: Apply(failing_forward, nn.BatchNorm1d(8), nn.Dropout(), Restless()),
+    "cut": lambda: features(nn.BatchNorm1d(8), nn.Dropout(), Restless(), Apply(Tensor.detach)),
+    "step": lambda: features(nn.BatchNorm1d(8), nn.Dropout(), Restless(), Apply(torch.round)),
+    "writes to x": lambda: nn.Sequential(Apply(write_to_x), features(nn.GELU())),
+    "no gradient": lambda: frozen(features(nn.BatchNorm1d(8), Restless())),
+}
+
+
+@pytest.mark.parametrize("build", UNCHANGED.values(), ids=UNCHANGED)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_changes_nothing(build: Callable[[], nn.Module], interrupted: bool, device: str) -> None:
+    def interrupt(logits: Tensor, y: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    model = build().to(device)
+    x, y = batch(0, device)
+    for index, parameter in enumerate(model.parameters()):
+        if index % 2 and parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    model[0].eval() if isinstance(model, nn.Sequential) else None
+    before, x_before = state_of(model, x), x.clone()
+    identities = [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    with suppress(KeyboardInterrupt):
+        preflight(model, x, y, criterion=interrupt if interrupted else None)
+    assert_same(state_of(model, x), before)
+    assert identities == [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    assert torch.equal(x, x_before)
+
+
+def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
+    parameters = dict(model.named_parameters())
+    return {
+        "parameters": {name: parameter.detach().clone() for name, parameter in parameters.items()},
+        "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()}
+        | {"x": x.requires_grad},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "random": {"cpu": torch.get_rng_state()} | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
+
+
+def assert_same(after: dict[str, object], before: dict[str, object]) -> None:
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_leaves_a_graph_that_is_still_alive_usable() -> None:
+    model, (x, y) = features(nn.BatchNorm1d(8), nn.GELU()).eval(), batch(0)
+    loss = F.cross_entropy(model(x), y)
+    preflight(model, x, y)
+    loss.backward()
+
+
+# --------------------------------------------------------------------------------------------- the report
+
+
+def test_report_reads_errors_first() -> None:
+    model, (x, y) = features(nn.ReLU(), nn.Hardsigmoid()), batch(0)
+    report = preflight(model, x, y)
+    assert [finding.severity for finding in report.findings] == ["error", *["warning"] * (len(report.findings) - 1)]
+    assert str(report).startswith("preflight: the exact penalty does not work\nerror: 2: Hardsigmoid")
+    with pytest.raises(RuntimeError, match="Hardsigmoid"):
+        report.raise_for_errors()
+
+
+def test_report_without_findings() -> None:
+    report = preflight(features(nn.GELU()), *batch(0))
+    assert (report.ok, report.findings, str(report)) == (True, (), "preflight: the exact penalty works")
+    report.raise_for_errors()
+
+
+def test_finding_shortens_long_lists_of_modules() -> None:
+    finding = Finding("warning", "a, b, c, d, e", "something", "a mend")
+    assert str(finding) == "warning: a, b, c, d, ... (5 modules): something\n  mend: a mend"
