@@ -111,8 +111,8 @@ class TestGradients:
 class TestPublishedFormula:
     r"""Rodríguez Muñoz 2024, equation 4.1 as the released code computes it, written out here from its description.
 
-    The criterion is the batch *mean* over soft mixup labels, so its gradient carries 1/B, which is multiplied back; pixels
-    are normalised with a scalar sigma, so that eps becomes eps/sigma.
+    The criterion is the batch *mean* over soft mixup labels, so its gradient carries 1/B, which is multiplied back;
+    pixels are normalised with a scalar sigma, so that eps becomes eps/sigma.
     """
 
     eps, sigma, mean = 4 / 255, 0.225, 0.45

@@ -248,10 +248,10 @@ def _check_input(x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_b
             f"x is in {x.dtype}, where neighbouring pixel values near 1 are up to 1/256 apart, about an attack's "
             "step. Keep x in float32 and run the model under torch.autocast, or cast inside the model."
         )
-    checks.check_finite(x)
     if out_of_bounds not in ("check", "clamp"):
         raise ValueError(f'out_of_bounds is "check" or "clamp", got {out_of_bounds!r}.')
     if bounds is None:
+        checks.finite_range(x)
         return
     low, high = _bounds_like(x, bounds)
     if not bool((low < high).all()):
@@ -260,6 +260,8 @@ def _check_input(x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_b
         checks.check_radius(threat.eps, high - low)
     if out_of_bounds == "check":
         checks.check_bounds(x, low, high)
+    else:
+        checks.finite_range(x)
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

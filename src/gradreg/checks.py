@@ -5,6 +5,7 @@ synchronisation: at every call on the CPU; elsewhere at an owner's first call, a
 ``torch.func`` transforms and compiled regions there are no values to look at.
 """
 
+import math
 import weakref
 
 import torch
@@ -44,13 +45,15 @@ def check_input(x: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected a batch of at least one sample, (B, ...).")
 
 
-def check_finite(x: Tensor) -> None:
-    """Raise if x holds NaN or infinity."""
-    if not torch.isfinite(x).all():
+def finite_range(x: Tensor) -> tuple[float, float]:
+    """The lowest and the highest value of x; raises if one of its values is NaN or infinite."""
+    low, high = (side.item() for side in x.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"x holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite. Their gradient is NaN, and "
             "its sign 0, so that an attack would do nothing. Look at the data loading."
         )
+    return low, high
 
 
 def check_logits(logits: object) -> None:
@@ -110,24 +113,28 @@ def check_radius(eps: float | Tensor, span: float | Tensor) -> None:
 
 
 def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
-    """Raise unless x lies within the bounds of a pixel."""
+    """Raise unless x is finite and lies within the bounds of a pixel."""
+    lowest, highest = finite_range(x)
     slack = 1e-6 * (high - low)
-    if not bool(((x >= low - slack) & (x <= high + slack)).all()):
+    if low.numel() == high.numel() == 1:
+        inside = bool(low - slack <= lowest) and bool(highest <= high + slack)
+    else:
+        inside = bool(((x >= low - slack) & (x <= high + slack)).all())
+    if not inside:
         raise ValueError(
-            f"x lies in [{x.min().item():.3g}, {x.max().item():.3g}], outside the bounds [{low.min().item():.3g}, "
+            f"x lies in [{lowest:.3g}, {highest:.3g}], outside the bounds [{low.min().item():.3g}, "
             f"{high.max().item():.3g}]. If a loader normalises it, let the model do so instead (with_normalization), "
             "or give eps / std and the normalised bounds. If augmentation leaves the range (random erasing), say "
             'out_of_bounds="clamp".'
         )
 
 
-def check_not_normalized_twice(x: Tensor) -> None:
-    """Raise if x cannot be pixels of [0, 1], though a model that normalises by itself takes just those."""
-    low, high = x.min().item(), x.max().item()
-    if low < -1 or high > 2:
+def check_not_normalized_twice(lowest: float, highest: float) -> None:
+    """Raise if values of this range cannot be pixels of [0, 1], though the model normalises and takes just those."""
+    if lowest < -1 or highest > 2:
         raise ValueError(
-            f"The model normalises its input (gradreg.Normalize), but x lies in [{low:.3g}, {high:.3g}]: it looks "
-            "normalised already, or in units of 0 to 255. Pass pixels in [0, 1]."
+            f"The model normalises its input (gradreg.Normalize), but x lies in [{lowest:.3g}, {highest:.3g}]: it "
+            "looks normalised already, or in units of 0 to 255. Pass pixels in [0, 1]."
         )
 
 

@@ -221,10 +221,10 @@ class PenalizedLoss(nn.Module):
             _check_double_backward(model)
 
     def _check_values(self, model: Model, x: Tensor, active: Mapping[str, Term]) -> None:
-        checks.check_finite(x)
+        lowest, highest = checks.finite_range(x)
         if isinstance(model, nn.Module) and any(isinstance(module, Normalize) for module in model.modules()):
-            checks.check_not_normalized_twice(x)
-        if bool((x >= 0).all() & (x <= 1).all()):
+            checks.check_not_normalized_twice(lowest, highest)
+        if lowest >= 0 and highest <= 1:
             for term in active.values():
                 threat = getattr(term.penalty, "threat", None)
                 if isinstance(threat, Linf):
@@ -268,6 +268,8 @@ _inspected: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 def _check_double_backward(model: nn.Module) -> None:
     """Raise or warn where a wrapper or the activations of the model stand in the way of double backward."""
+    if model in _inspected:
+        return
     if any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
         raise RuntimeError(
             "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
@@ -275,8 +277,6 @@ def _check_double_backward(model: nn.Module) -> None:
             "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
             "differentiation=FiniteDifference()."
         )
-    if model in _inspected:
-        return
     _inspected.add(model)
     if is_compiled(model):
         warnings.warn(

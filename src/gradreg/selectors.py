@@ -85,5 +85,6 @@ class sampled_class(ClassSelector):  # noqa: N801
 
     def __call__(self, logits: Float[Tensor, "B K"], y: Tensor) -> Int[Tensor, "B"]:
         # The Gumbel-max trick: unlike torch.multinomial it neither synchronises nor depends on the batch it stands in.
-        uniform = torch.rand_like(logits.detach().float()).clamp(min=torch.finfo(torch.float32).tiny)
-        return (logits.detach().float() / self.temperature - (-uniform.log()).log()).argmax(1)
+        logits = logits.detach().float()
+        uniform = torch.rand_like(logits)
+        return (logits / self.temperature - (-uniform.log()).log()).argmax(1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from gradreg.checks import check_finite, check_input
+from gradreg.checks import check_input, finite_range
 from gradreg.modes import batch_norms
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, complaint_of, join, modules_of
 from gradreg.smooth import NonSmooth, find_nonsmooth
@@ -31,7 +31,7 @@ def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding
             "x or y was made inside torch.inference_mode() and can take no part in a backward pass.",
             "Load the batch outside of inference mode, or clone() it there.",
         )
-    elif complaint := complaint_of(check_input, x) or complaint_of(check_finite, x):
+    elif complaint := complaint_of(check_input, x) or complaint_of(finite_range, x):
         yield Finding("error", "", complaint)
     parameters = dict(model.named_parameters())
     if lazy := [name for name, parameter in parameters.items() if is_lazy(parameter)]:

@@ -92,7 +92,7 @@ def join(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(filter(None, names)))
 
 
-def complaint_of(check: Callable[..., None], *args: object) -> str | None:
+def complaint_of(check: Callable[..., object], *args: object) -> str | None:
     """What a check of :mod:`gradreg.checks` complains of."""
     try:
         check(*args)
