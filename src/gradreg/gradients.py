@@ -109,7 +109,7 @@ def input_gradient_of(
 
 def with_pull_back(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
     """The function's value at x, and the map from a cotangent of the value to one of x: ``torch.func.vjp``, typed."""
-    value, pull_back = cast(tuple[Tensor, Callable[[Tensor], tuple[Tensor]]], torch.func.vjp(function, x))
+    value, pull_back = cast("tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]", torch.func.vjp(function, x))
     return value, pull_back
 
 

@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -137,6 +137,7 @@ class PenalizedLoss(nn.Module):
             raise ValueError(f"PenalizedLoss: inner_scale must be above 0, got {inner_scale}.")
         self.criterion = criterion
         self.terms = dict(terms)
+        self._names_by_score = _grouped(self.terms)
         self.loss_weight = loss_weight
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.inner_scale = inner_scale
@@ -167,7 +168,7 @@ class PenalizedLoss(nn.Module):
         """
         loss_weight = _weight_at(self.loss_weight, t, "loss_weight")
         weights = {name: term.weight_at(t) for name, term in self.terms.items()}
-        active = {name: self.terms[name] for name, weight in weights.items() if weight > 0}
+        active = [name for name, weight in weights.items() if weight > 0]
         checks.check_input(x)
         forward: Forward
         if in_transform():
@@ -179,19 +180,19 @@ class PenalizedLoss(nn.Module):
             if look:
                 self._check_values(model, x, active)
             forward = EagerForward(model, self.criterion, x, y, self.inner_scale, bool(active), look)
+        total = loss_weight * forward.losses
         penalties: dict[str, Tensor] = {}
-        for selector in dict.fromkeys(term.of for term in active.values()):
-            score = forward.score(selector, classes)
-            names = [name for name, term in active.items() if term.of == selector]
-            values = self.differentiation.penalties(score, [active[name].penalty for name in names])
+        for selector, group in self._names_by_score:
+            names = [name for name in group if name in active]
+            if not names:
+                continue
+            functions = [self.terms[name].penalty for name in names]
+            values = self.differentiation.penalties(forward.score(selector, classes), functions)
             for name, value in zip(names, values, strict=True):
                 check_scores(value, x)
                 penalties[name] = value
-        total = loss_weight * forward.losses
-        for name in active:
-            total = total + weights[name] * penalties[name]
-        loss = forward.losses.mean()
-        return PenalizedOutput(total.mean(), loss, forward.logits, {name: penalties[name] for name in active})
+                total = total + weights[name] * value
+        return PenalizedOutput(total.mean(), forward.losses.mean(), forward.logits, penalties)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -220,13 +221,13 @@ class PenalizedLoss(nn.Module):
         if isinstance(self.differentiation, DoubleBackward):
             _check_double_backward(model)
 
-    def _check_values(self, model: Model, x: Tensor, active: Mapping[str, Term]) -> None:
+    def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
         if isinstance(model, nn.Module) and any(isinstance(module, Normalize) for module in model.modules()):
             checks.check_not_normalized_twice(lowest, highest)
         if lowest >= 0 and highest <= 1:
-            for term in active.values():
-                threat = getattr(term.penalty, "threat", None)
+            for name in active:
+                threat = getattr(self.terms[name].penalty, "threat", None)
                 if isinstance(threat, Linf):
                     checks.check_radius(threat.eps, 1.0)
 
@@ -295,6 +296,14 @@ def _check_double_backward(model: nn.Module) -> None:
             checks.GradregWarning,
             stacklevel=4,
         )
+
+
+def _grouped(terms: Mapping[str, Term]) -> list[tuple[ClassSelector | None, list[str]]]:
+    """The names of the terms of each distinct score, so that its gradient is taken once."""
+    groups: dict[ClassSelector | None, list[str]] = {}
+    for name, term in terms.items():
+        groups.setdefault(term.of, []).append(name)
+    return list(groups.items())
 
 
 def _weight_at(weight: float | Schedule, t: float | None, name: str) -> float:

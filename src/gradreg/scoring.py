@@ -149,6 +149,8 @@ class TransformedForward(Forward):
             return grad / self._inner_scale
 
         def at(z: Tensor) -> Tensor:
+            if not modes.batch_norms(self._model):  # older compilers cannot trace a context manager made of a generator
+                return score_of(self._model(z))
             with modes.frozen_statistics(self._model):
                 return score_of(self._model(z))
 
@@ -170,12 +172,12 @@ def _with_pull_back(model: Model, x: Tensor) -> tuple[Tensor, Callable[[Tensor],
     if not isinstance(model, nn.Module) or not modes.batch_norms(model):
         return with_pull_back(lambda z: model(z.clone()), x)
 
-    def forward(z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(z: Tensor) -> "tuple[Tensor, dict[str, Tensor]]":
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         return torch.func.functional_call(model, buffers, (z.clone(),)), buffers
 
     result = torch.func.vjp(forward, x, has_aux=True)
-    logits, pull_back, updated = cast(tuple[Tensor, Callable[[Tensor], tuple[Tensor]], dict[str, Tensor]], result)
+    logits, pull_back, updated = cast("tuple[Tensor, Callable[[Tensor], tuple[Tensor]], dict[str, Tensor]]", result)
     for name, buffer in model.named_buffers():
         buffer.copy_(updated[name])
     return logits, pull_back

@@ -169,7 +169,7 @@ def _run(rank: int, store: str, output: str) -> None:
     for name, case in CASES.items():
         try:
             results[name] = case()
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             results[name] = f"{type(error).__name__}: {error}"
     gathered: list[object] = [None] * RANKS
     dist.all_gather_object(gathered, copy.deepcopy(results))

