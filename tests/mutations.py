@@ -28,13 +28,21 @@ class Mutation:
     @property
     def tests(self) -> list[str]:
         """The test files that guard the module."""
-        stem = self.module.split("/")[0].removesuffix(".py")
-        also = {"threat_models": ["attacks"], "scoring": ["objective", "transforms", "differentiation"]}.get(stem, [])
-        also += {"gradients": ["transforms"], "checks": ["objective", "attacks"], "modes": ["attacks"]}.get(stem, [])
-        also += {"objective": ["integration/test_distributed"], "wrappers": ["preflight"]}.get(stem, [])
-        names = [f"{name}.py" if "/" in name else f"test_{name}.py" for name in (stem, *also)]
-        return [str(Path("tests") / name) for name in names if (ROOT / "tests" / name).exists()]
+        part = self.module.split("/")[0].removesuffix(".py")
+        names = (f"test_{part}", *ALSO_GUARDED_BY.get(part, ()))
+        return [f"tests/{name}.py" for name in names if (ROOT / "tests" / f"{name}.py").exists()]
 
+
+# Test files beside the module's own; those of an integration last, for they take longest.
+ALSO_GUARDED_BY = {
+    "threat_models": ("test_attacks",),
+    "gradients": ("test_transforms",),
+    "modes": ("test_attacks",),
+    "checks": ("test_objective", "test_attacks"),
+    "objective": ("integration/test_distributed",),
+    "wrappers": ("test_preflight", "integration/test_distributed"),
+    "scoring": ("test_objective", "test_transforms", "test_differentiation", "integration/test_compile"),
+}
 
 MUTATIONS = [
     # threat models
@@ -89,7 +97,7 @@ MUTATIONS = [
     Mutation("edges.py", 'mode="reflect"', 'mode="replicate"'),
     Mutation("edges.py", "return _filter(root, gaussian, gaussian)", "return root"),
     Mutation("selectors.py", "/ self.temperature - (-uniform.log()).log()", "- (-uniform.log()).log()"),
-    Mutation("schedules.py", "return min(max(t / duration, 0.0), 1.0)", "return min(t / duration, 1.0)"),
+    Mutation("schedules.py", "min(max(t / self.duration, 0.0), 1.0)", "min(t / self.duration, 1.0)"),
     Mutation("normalization.py", "return (x - self.mean) / self.std", "return (x - self.mean) * self.std"),
     # scoring and objective
     Mutation("scoring.py", "model(self._leaf.clone() if differentiable else self._leaf)", "model(self._leaf)"),
@@ -105,38 +113,42 @@ MUTATIONS = [
         "with modes.replayed(self._random_state, z.device):",
     ),
     Mutation("scoring.py", "        buffer.copy_(updated[name])", "        pass"),
-    Mutation("objective.py", "if weight > 0}", "}"),
+    Mutation("objective.py", "if weight > 0]", "]"),
     Mutation("objective.py", "total = loss_weight * forward.losses", "total = forward.losses"),
-    Mutation("objective.py", "total = total + weights[name] * penalties[name]", "total = total + penalties[name]"),
+    Mutation("objective.py", "total = total + weights[name] * value", "total = total + value"),
     Mutation(
-        "objective.py", "dict.fromkeys(term.of for term in active.values())", "[term.of for term in active.values()]"
+        "objective.py",
+        "return list(groups.items())",
+        "return [(selector, [name]) for selector, group in groups.items() for name in group]",
     ),
     Mutation("objective.py", "if is_static(model):", "if False:"),
     Mutation("objective.py", "if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():", "if False:"),
     Mutation("objective.py", "checks.check_radius(threat.eps, 1.0)", "pass"),
     # attacks and modes
-    Mutation("attacks.py", "losses = -losses if self.targeted else losses", "losses = losses"),
+    Mutation("attacks/configurations.py", "losses = -losses if self.targeted else losses", "losses = losses"),
     Mutation(
-        "attacks.py",
+        "attacks/search.py",
         "delta = threat.project(delta + stride.ascent(grad, delta, box), box)",
         "delta = delta + stride.ascent(grad, delta, box)",
     ),
-    Mutation("attacks.py", "better = better | done", "pass"),
-    Mutation("attacks.py", "return z.clamp(low, high)", "return z"),
+    Mutation("attacks/search.py", "better = better | done", "pass"),
+    Mutation("attacks/search.py", "return z.clamp(low, high)", "return z"),
     Mutation(
-        "attacks.py",
+        "attacks/search.py",
         'key = hashlib.blake2b(f"{seed}/{position}/{restart}"',
         'key = hashlib.blake2b(f"{seed}/{row}/{restart}"',
     ),
     Mutation(
-        "attacks.py",
+        "attacks/search.py",
         'key = hashlib.blake2b(f"{seed}/{position}/{restart}"',
         'key = hashlib.blake2b(f"{seed}/{position}"',
     ),
-    Mutation("attacks.py", "self.threat.scaled(1 + self.noise), self.bounds", "self.threat, self.bounds"),
-    Mutation("attacks.py", "(2.5 / steps)", "(2.0 / steps)"),
     Mutation(
-        "attacks.py",
+        "attacks/configurations.py", "self.threat.scaled(1 + self.noise), self.bounds", "self.threat, self.bounds"
+    ),
+    Mutation("attacks/search.py", "(2.5 / steps)", "(2.0 / steps)"),
+    Mutation(
+        "attacks/search.py",
         "losses, done = self._losses(delta)\n        self._record(losses, done, delta)\n        if done is not "
         "None:\n            self.active",
         "done = None\n        if done is not None:\n            self.active",
@@ -144,10 +156,17 @@ MUTATIONS = [
     Mutation("modes.py", "            module.training = flag", "            module.training = True"),
     Mutation("modes.py", "                module.track_running_stats = False", "                pass"),
     Mutation("modes.py", "        _set_random_state(now, device)", "        pass"),
+    Mutation("attacks/configurations.py", "return reached if self.targeted else ~reached", "return ~reached"),
+    Mutation("attacks/configurations.py", "return modes.evaluating(model)", "return nullcontext()"),
+    # smoothify, preflight, wrappers
+    Mutation("smooth/calls.py", "return x.copy_(", "return ("),
+    Mutation("smooth/replace.py", "copy.deepcopy(model)", "model"),
+    Mutation("preflight/trial.py", "copy_(value)", "clone()"),
+    Mutation("wrappers.py", "isinstance(module, DistributedDataParallel) and bool(module.static_graph)", "False"),
     # checks
     Mutation("checks.py", "if low < 0 or high >= classes:", "if high >= classes:"),
-    Mutation("checks.py", "if low < -1 or high > 2:", "if low < -1:"),
-    Mutation("checks.py", "if not torch.isfinite(x).all():", "if False:"),
+    Mutation("checks.py", "if lowest < -1 or highest > 2:", "if lowest < -1:"),
+    Mutation("checks.py", "if not (math.isfinite(low) and math.isfinite(high)):", "if False:"),
 ]
 
 

@@ -148,6 +148,15 @@ def test_unit_vector_of_one_dominating_coordinate_has_no_slope_along_it(value: f
     assert close(unit(direction), torch.tensor([[1.0, small, 0.0]]), 1e-12)
 
 
+def test_unit_and_length_of_zero_have_zero_derivatives() -> None:
+    for function in (unit, length):
+        zero = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+        value = function(zero)
+        assert not value.any()
+        (derivative,) = torch.autograd.grad(value.sum(), zero)
+        assert not derivative.any()
+
+
 def test_unit_and_length_have_their_derivatives() -> None:
     direction = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(unit, direction)

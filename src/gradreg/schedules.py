@@ -5,6 +5,7 @@ nothing to desynchronise between ranks: the clock is the one that the training l
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -28,18 +29,42 @@ class constant:  # noqa: N801  (used as a function)
         return self.value
 
 
-@final
 @dataclass(frozen=True)
-class linear_ramp:  # noqa: N801
-    """A straight line from start to end over the first duration steps, then end.
-
-    The thesis raises the weight of its penalty so, over the first five epochs (Rodríguez Muñoz, "Adversarial robustness
-    without perturbations", MIT 2024, section 4.3).
+class Ramp(ABC):
+    """A rise or fall from start to end over the first duration steps, then end.
 
     Attributes:
         end: The value from step ``duration`` on.
         duration: Length of the ramp in optimiser steps, more than 0.
         start: The value at step 0.
+    """
+
+    end: float
+    duration: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.duration > 0:
+            raise ValueError(
+                f"{type(self).__name__}: duration is counted in optimiser steps and must be above 0, got "
+                f"{self.duration}; without a ramp the weight is a plain number."
+            )
+
+    def __call__(self, t: float) -> float:
+        return self.start + (self.end - self.start) * self._share(min(max(t / self.duration, 0.0), 1.0))
+
+    @abstractmethod
+    def _share(self, progress: float) -> float:
+        """How much of the way is gone when this share of the duration, from 0 to 1, is over."""
+
+
+@final
+@dataclass(frozen=True)
+class linear_ramp(Ramp):  # noqa: N801
+    """A straight line from start to end over the first duration steps, then end: see :class:`Ramp`.
+
+    The thesis raises the weight of its penalty so, over the first five epochs (Rodríguez Muñoz, "Adversarial robustness
+    without perturbations", MIT 2024, section 4.3).
 
     Example:
         >>> ramp = linear_ramp(1.2, duration=100)
@@ -47,26 +72,14 @@ class linear_ramp:  # noqa: N801
         (0.0, 0.6, 1.2)
     """
 
-    end: float
-    duration: float
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_duration(self)
-
-    def __call__(self, t: float) -> float:
-        return self.start + (self.end - self.start) * _progress(t, self.duration)
+    def _share(self, progress: float) -> float:
+        return progress
 
 
 @final
 @dataclass(frozen=True)
-class cosine_ramp:  # noqa: N801
-    """Half a cosine wave from start to end over the first duration steps, then end.
-
-    Attributes:
-        end: The value from step ``duration`` on.
-        duration: Length of the ramp in optimiser steps, more than 0.
-        start: The value at step 0.
+class cosine_ramp(Ramp):  # noqa: N801
+    """Half a cosine wave from start to end over the first duration steps, then end: see :class:`Ramp`.
 
     Example:
         >>> ramp = cosine_ramp(1.0, duration=100)
@@ -74,15 +87,8 @@ class cosine_ramp:  # noqa: N801
         (0.0, 0.5, 1.0)
     """
 
-    end: float
-    duration: float
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_duration(self)
-
-    def __call__(self, t: float) -> float:
-        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * _progress(t, self.duration))) / 2
+    def _share(self, progress: float) -> float:
+        return (1 - math.cos(math.pi * progress)) / 2
 
 
 @final
@@ -115,16 +121,3 @@ class join:  # noqa: N801
     def __call__(self, t: float) -> float:
         begun = [boundary for boundary in self.boundaries if t >= boundary]
         return self.schedules[len(begun)](t - (begun[-1] if begun else 0))
-
-
-def _progress(t: float, duration: float) -> float:
-    """How much of a ramp is over at step t, from 0 to 1."""
-    return min(max(t / duration, 0.0), 1.0)
-
-
-def _check_duration(ramp: linear_ramp | cosine_ramp) -> None:
-    if not ramp.duration > 0:
-        raise ValueError(
-            f"{type(ramp).__name__}: duration is counted in optimiser steps and must be above 0, got {ramp.duration}; "
-            "without a ramp the weight is a plain number."
-        )

@@ -223,7 +223,7 @@ class L2(ThreatModel):
         free = free.gather(1, index).clamp(min=torch.finfo(u.dtype).tiny)
         t = ((1 - met.gather(1, index)).clamp(min=0.0) / free).sqrt()
         clipped = torch.minimum(torch.maximum(u, low), high)
-        shortened = torch.minimum(torch.maximum(u / size * torch.minimum(t, size), low), high)
+        shortened = torch.minimum(torch.maximum(u / size * t, low), high)
         nearest = torch.where(length(clipped).unsqueeze(1) > 1, shortened, clipped)
         nearest = nearest / length(nearest).clamp(min=1.0).unsqueeze(1)  # rounding may have left the ball
         return self._stretch(nearest.view_as(delta)).to(delta.dtype)
@@ -309,8 +309,7 @@ class L1(ThreatModel):
         # lambda.
         piece = ((intercepts - slopes * knots) < 1).sum(1, keepdim=True).sub(1).clamp(min=0)
         lam = (intercepts.gather(1, piece) - 1) / slopes.gather(1, piece).clamp(min=1)
-        lam = torch.where(room.sum(1, keepdim=True) > 1, lam.clamp(min=0), 0.0)
-        nearest = u.sign() * torch.minimum((magnitude - lam).clamp(min=0), room)
+        nearest = u.sign() * torch.minimum((magnitude - lam.clamp(min=0)).clamp(min=0), room)
         return self._stretch((nearest / nearest.abs().sum(1, keepdim=True).clamp(min=1.0)).view_as(delta)).to(
             delta.dtype
         )
@@ -379,7 +378,7 @@ def _filled(slope: Tensor, capacity: Tensor) -> Tensor:
 
     It fills the steepest coordinates to their capacity, one after the other, until the norm is used up.
     """
-    order = (slope.abs() * (capacity > 0)).argsort(1, descending=True)
+    order = slope.abs().argsort(1, descending=True)
     capacity = capacity.gather(1, order)
     used = capacity.cumsum(1) - capacity
     moves = torch.minimum((1 - used).clamp(min=0.0), capacity)
