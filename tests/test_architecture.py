@@ -21,6 +21,7 @@ SOURCE = Path(gradreg.__file__).parent
 LAYERS: list[set[str]] = [
     {
         "checks",
+        "criteria",
         "edges",
         "gradients",
         "modes",
@@ -49,6 +50,7 @@ PUBLIC = [
     "DoubleBackward",
     "EdgeAlignmentPenalty",
     "FGSM",
+    "Finding",
     "FiniteDifference",
     "GradNormPenalty",
     "GradregWarning",
@@ -56,6 +58,7 @@ PUBLIC = [
     "L2",
     "Linf",
     "NFGSM",
+    "NonSmooth",
     "Normalize",
     "PGDAttack",
     "PenalizedLoss",
@@ -64,6 +67,7 @@ PUBLIC = [
     "Penalty",
     "PreflightReport",
     "Schedule",
+    "Score",
     "SmoothReport",
     "Term",
     "ThreatModel",
@@ -91,8 +95,11 @@ PUBLIC = [
 
 ALIASES, WARNINGS = {"Schedule"}, {"GradregWarning"}
 RESULTS = {
+    "Finding",
+    "NonSmooth",
     "PenalizedOutput",
     "PreflightReport",
+    "Score",
     "SmoothReport",
 }  # shown in the examples of the functions that return them
 

@@ -121,6 +121,12 @@ class TestSets:
         normalised = PGDAttack(Linf(0.1 / s), steps=5, random_start=False, bounds=(-m / s, (1 - m) / s))
         assert torch.allclose(normalised(model, (pixels - m) / s, y) * s + m, on_pixels, atol=1e-6)
 
+    def test_clamp_does_not_hide_the_slope_of_pixels_out_of_bounds(self) -> None:
+        x = torch.full((1, 4), 1.01)
+        attack = {"out_of_bounds": "clamp", "random_start": False}
+        x_adv = pgd(lambda z, rows: -z.sum(1), x, Linf(0.05), steps=10, **attack)
+        assert torch.allclose(x_adv, torch.full((1, 4), 0.96))
+
     def test_clamp_accepts_what_augmentation_makes(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
         x = x * 3 - 1
@@ -268,7 +274,7 @@ class TestEarlyStop:
 
         def losses_at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             points.append(z.detach())
-            return -len(points) + 0 * z.sum(1), torch.tensor([len(points) == 3])
+            return -len(points) + 1e-9 * z.sum(1), torch.tensor([len(points) == 3])
 
         for best in (True, False):
             points.clear()
@@ -300,6 +306,27 @@ class TestNoise:
         assert not torch.equal(whole, pgd(flat, x, threat, **{**attack, "seed": 6}))
         assert not torch.equal(whole[0] - x[0], whole[1] - x[1])
 
+    def test_every_restart_starts_elsewhere(self) -> None:
+        x, starts = torch.rand(3, 5), []
+
+        def losses_at(z: Tensor, rows: Tensor) -> Tensor:
+            starts.append(z.detach())
+            return z.sum(1)
+
+        pgd(losses_at, x, Linf(0.1), steps=1, restarts=2, seed=0)
+        assert not torch.equal(starts[0], starts[2])
+
+    def test_does_not_depend_on_the_memory_format(self) -> None:
+        x = torch.rand(2, 3, 4, 4)
+        attack = {"steps": 1, "step_size": 0.0, "best": False, "bounds": None}
+        for seed in (0, None):
+            noisy = []
+            for format in (torch.contiguous_format, torch.channels_last):
+                torch.manual_seed(0)
+                z = x.contiguous(memory_format=format)
+                noisy.append(pgd(lambda z, rows: z.flatten(1).sum(1), z, Linf(0.1), seed=seed, **attack))
+            assert torch.equal(*noisy)
+
     def test_verdicts_do_not_depend_on_the_batch(self) -> None:
         model, (x, y) = make_model("conv"), make_batch(12)
         attack = PGDAttack(Linf(0.1), steps=4, restarts=2, seed=0, early_stop=True)
@@ -321,6 +348,12 @@ class TestNoise:
         state = torch.get_rng_state()
         PGDAttack(Linf(0.1), seed=0)(model, x, y)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def _seeded(name: str, **options: object) -> Attack:
+    """The attack with reproducible noise, where it has any."""
+    seed = {} if name == "FGSM" else {"seed": 0}
+    return type(ATTACKS[name])(ATTACKS[name].threat, **seed, **options)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -375,13 +408,12 @@ class TestContracts:
     def test_eval_mode_attacks_in_eval_mode(self, name: str) -> None:
         model, (x, y) = make_model("batch_norm_train"), make_batch()
         evaluated = copy.deepcopy(model).eval()
-        attack = type(ATTACKS[name])(ATTACKS[name].threat, mode="eval", seed=0)
-        kept = type(ATTACKS[name])(ATTACKS[name].threat, seed=0)
+        attack, kept = _seeded(name, mode="eval"), _seeded(name)
         assert torch.equal(attack(model, x, y), kept(evaluated, x, y))
 
     def test_works_where_grad_is_disabled(self, name: str) -> None:
         model, (x, y) = make_model("conv"), make_batch()
-        attack = type(ATTACKS[name])(ATTACKS[name].threat, seed=0)
+        attack = _seeded(name)
         expected = attack(model, x, y)
         with torch.no_grad():
             assert torch.equal(attack(model, x, y), expected)
@@ -399,7 +431,7 @@ class TestContracts:
 
     def test_a_first_layer_that_works_in_place_is_harmless(self, name: str) -> None:
         model, (x, y) = make_model("conv"), make_batch()
-        attack = type(ATTACKS[name])(ATTACKS[name].threat, seed=0)
+        attack = _seeded(name)
         in_place, out_of_place = (nn.Sequential(nn.SiLU(inplace=flag), model) for flag in (True, False))
         before = x.clone()
         assert torch.equal(attack(in_place, x, y), attack(out_of_place, x, y))
@@ -448,14 +480,14 @@ class TestBadInput:
     def test_a_model_that_returns_nan(self) -> None:
         x, y = make_batch()
         model = make_model("conv")
-        self._fails(RuntimeError, "NaN at every point", x, y, model=lambda z: model(z) * float("nan"))
+        self._fails(RuntimeError, "samples are NaN", x, y, model=lambda z: model(z) * float("nan"))
 
     def test_a_criterion_that_averages(self) -> None:
         self._fails(ValueError, 'reduction="none"', *make_batch(), criterion=nn.CrossEntropyLoss())
 
     def test_a_model_that_returns_no_tensor(self) -> None:
         model = make_model("conv")
-        self._fails(TypeError, "lambda x: model", *make_batch(), model=lambda z: {"logits": model(z)})
+        self._fails(TypeError, "Wrap the model in a module", *make_batch(), model=lambda z: {"logits": model(z)})
 
     @pytest.mark.parametrize(
         ("options", "match"),
@@ -480,6 +512,43 @@ class TestBadInput:
         with pytest.raises(ValueError, match="multiple of eps"):
             NFGSM(Linf(0.1), noise=-1.0)
 
+    def test_a_front_end_without_a_slope(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        with pytest.warns(GradregWarning, match="straight-through"):
+            PGDAttack(Linf(0.1))(lambda z: model(torch.round(z * 255) / 255), x, y)
+
+    def test_a_saturated_loss(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        with pytest.warns(GradregWarning, match="margin of logits"):
+            PGDAttack(Linf(0.1))(lambda z: model(z) * 0 + 1e4 * F.one_hot(y, CLASSES), x, y)
+
+    def test_early_stop_without_classes(self) -> None:
+        x, y = make_batch()
+        self._fails(ValueError, "K > 1", x, y.double()[:, None], early_stop=True, model=lambda z: z.flatten(1)[:, :1],
+                    criterion=lambda logits, y: F.softplus(-logits * y).squeeze(1))  # fmt: skip
+
+    def test_eval_mode_of_a_function(self) -> None:
+        model = make_model("conv")
+        self._fails(TypeError, "needs an nn.Module, got function", *make_batch(), mode="eval", model=lambda z: model(z))
+
+    def test_shapes_of_pgd(self) -> None:
+        x, _ = make_batch()
+
+        def flat(z: Tensor, rows: Tensor) -> Tensor:
+            return z.flatten(1).sum(1)
+
+        for options, match in (
+            ({"start": x[:2]}, "start is a perturbation"),
+            ({"start": x.float()}, "start is a perturbation"),
+            ({"index": torch.arange(5)}, "noise of a seed"),
+            ({"index": torch.arange(3), "seed": 0}, "one position per sample"),
+            ({"bounds": (torch.zeros(2), torch.ones(2))}, r"view\(-1, 1, 1\)"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                pgd(flat, x, Linf(0.1), **options)
+        with pytest.raises(ValueError, match="bool of shape"):
+            pgd(lambda z, rows: (flat(z, rows), torch.ones(len(z))), x, Linf(0.1))
+
     def test_inside_a_transform(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
         with pytest.raises(RuntimeError, match="attack first"):
@@ -487,5 +556,6 @@ class TestBadInput:
 
     def test_dropout_in_training_mode_warns(self) -> None:
         model, (x, y) = make_model("dropout_eval").train(), make_batch()
-        with pytest.warns(GradregWarning, match="every step sees another model"):
+        with pytest.warns(GradregWarning, match="every step sees another model") as caught:
             PGDAttack(Linf(0.1))(model, x, y)
+        assert [warning.filename for warning in caught] == [__file__]

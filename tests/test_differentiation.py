@@ -135,6 +135,7 @@ class TestRandomness:
         assert torch.equal(torch.rand(4), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*statistics of the batch:gradreg.GradregWarning")
 @pytest.mark.parametrize("scheme", ["forward", "central"])
 def test_running_statistics_are_updated_once(scheme: str) -> None:
     model, (x, y) = make_model("batch_norm_train"), make_batch()
@@ -145,6 +146,7 @@ def test_running_statistics_are_updated_once(scheme: str) -> None:
         assert torch.equal(found, expected), name
 
 
+@pytest.mark.filterwarnings("ignore:.*statistics of the batch:gradreg.GradregWarning")
 def test_batch_norm_in_training_mode_is_differentiated_through() -> None:
     model, (x, y) = make_model("batch_norm_train"), make_batch()
     exact = _penalty_gradient(model, TERMS["Linf"], DoubleBackward(), x, y)
@@ -187,3 +189,27 @@ class TestErrors:
         model, (x, y) = make_model("conv"), make_batch()
         with pytest.raises(ValueError, match=r"threat=Linf\(4 / 255\)"):
             _penalty_gradient(model, Term(EdgeAlignmentPenalty(sigma=0.6)), FiniteDifference(), x, y)
+
+    def test_radius_zero_where_the_penalty_moves(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        threat = Linf(torch.tensor([0.0, 0.1]).view(2, 1, 1))
+        with pytest.raises(ValueError, match="eps is 0"):
+            _penalty_gradient(model, TERMS["edges of a logit"], FiniteDifference(threat=threat), x, y)
+
+    def test_half_precision(self) -> None:
+        model, (x, y) = make_model("conv", torch.bfloat16), make_batch(dtype=torch.bfloat16)
+        with pytest.raises(TypeError, match="Keep x in float32"):
+            _penalty_gradient(model, TERMS["Linf"], FiniteDifference(), x, y)
+
+    def test_dropout_in_a_transform(self) -> None:
+        model, (x, y) = make_model("dropout_eval").train(), make_batch()
+        objective = PenalizedLoss(per_sample_cross_entropy, {"p": TERMS["Linf"]}, differentiation=FiniteDifference())
+        with pytest.raises(RuntimeError, match="same dropout masks"):
+            torch.func.grad(lambda z: objective(model, z, y).total)(x)
+
+
+def test_a_penalty_with_a_threat_of_its_own_keeps_it() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    plain = _penalty_gradient(model, TERMS["Linf"], FiniteDifference(0.5), x, y)
+    other = _penalty_gradient(model, TERMS["Linf"], FiniteDifference(0.5, threat=Linf(1e-3)), x, y)
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gradreg import (
@@ -355,6 +356,7 @@ class TestContracts:
         assert all(parameter.grad is None for parameter in model.parameters())
         assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 
+    @pytest.mark.filterwarnings("ignore:.*statistics of the batch:gradreg.GradregWarning")
     def test_safe_after_an_exception(self) -> None:
         model, (x, y) = make_model("batch_norm_train"), make_batch()
         flags = [module.training for module in model.modules()]
@@ -401,6 +403,23 @@ class TestPrecision:
         exact = _gradient(_objective(), doubles, *make_batch())
         singles = _gradient(_objective(), make_model("conv", torch.float32), *make_batch(dtype=torch.float32))
         assert relative_error([g.double() for g in singles], exact) < 1e-5
+
+    def test_inner_scale_is_divided_out_in_float32(self) -> None:
+        """A float16 input whose gradient, once unscaled, is below the range of float16."""
+        x, y = make_batch(dtype=torch.float16)
+        model = make_model("mlp", torch.float16)
+
+        def faint(logits: Tensor, y: Tensor) -> Tensor:
+            return 1e-7 * F.cross_entropy(logits.float(), y, reduction="none")
+
+        terms = {"p": Term(GradNormPenalty(Linf(0.1)))}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GradregWarning)
+            plain = PenalizedLoss(faint, terms)(model, x, y).penalties["p"]
+        scaled = PenalizedLoss(faint, terms, inner_scale=2.0**20)(model, x, y).penalties["p"]
+        exact = PenalizedLoss(faint, terms)(make_model("mlp"), x.double(), y).penalties["p"]
+        assert relative_error(plain.double().detach(), exact.detach()) > 0.5
+        assert relative_error(scaled.double().detach(), exact.detach()) < 0.02
 
     def test_inner_scale_saves_what_float16_would_lose(self) -> None:
         """A criterion with tiny slopes: without a scale every input gradient flushes to zero in float16."""
@@ -478,7 +497,7 @@ class TestBadInput:
     @pytest.mark.parametrize("wrap", [lambda out: (out, out), lambda out: {"logits": out}])
     def test_a_model_that_returns_no_tensor(self, wrap: object) -> None:
         model = make_model("conv")
-        self._fails(TypeError, "lambda x: model", lambda z: wrap(model(z)), *make_batch())
+        self._fails(TypeError, "Wrap the model in a module", lambda z: wrap(model(z)), *make_batch())
 
     def test_a_criterion_that_averages(self) -> None:
         self._fails(ValueError, 'reduction="none"', make_model("conv"), *make_batch(), criterion=nn.CrossEntropyLoss())
@@ -521,7 +540,7 @@ class TestBadInput:
         model = make_model("conv")
         self._fails(RuntimeError, "do not depend on x", lambda z: model(z.detach()), *make_batch())
 
-    @pytest.mark.parametrize("eps", [4, 1.0, torch.full((2, 1, 1), 8.0)])
+    @pytest.mark.parametrize("eps", [4, 1.01, torch.full((2, 1, 1), 8.0)])
     def test_eps_in_another_unit(self, eps: float | Tensor) -> None:
         x, y = make_batch()
         objective = PenalizedLoss(per_sample_cross_entropy, {"p": Term(GradNormPenalty(Linf(eps)))})
@@ -538,14 +557,73 @@ class TestBadInput:
         x, y = make_batch()
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
+        objective = _objective()
         with pytest.warns(GradregWarning, match=r"smoothify\(model\)"):
-            _objective()(model, x, y)
-        _objective()(model, x, y)
+            objective(model, x, y)
+        objective(model, x, y)
 
     def test_a_compiled_model_is_named(self) -> None:
         x, y = make_batch()
         with pytest.warns(GradregWarning, match="Compile the whole step"):
             _objective()(torch.compile(make_model("conv"), backend="eager"), x, y)
+
+    def test_what_hides_inside_a_wrapper_is_named(self) -> None:
+        x, y = make_batch()
+        compiled = with_normalization(torch.compile(make_model("conv"), backend="eager"), [0.5] * 2, [0.2] * 2).double()
+        with pytest.warns(GradregWarning, match="Compile the whole step"):
+            _objective()(compiled, x, y)
+
+    def test_batch_norm_in_training_mode_is_named_once(self) -> None:
+        model, (x, y) = make_model("batch_norm_train"), make_batch()
+        objective = _objective()
+        with pytest.warns(GradregWarning, match="BatchNorm2d") as caught:
+            objective(model, x, y)
+        assert [warning.filename for warning in caught] == [__file__]
+        objective(model, x, y)
+
+    def test_an_input_with_a_graph(self) -> None:
+        x, y = make_batch()
+        upstream = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        self._fails(RuntimeError, "carries a graph", make_model("conv"), x * upstream, y)
+
+    def test_bytes_for_a_penalty_of_pixels(self) -> None:
+        x, y = make_batch()
+        with pytest.warns(GradregWarning, match="x / 255"):
+            _objective()(make_model("conv"), x * 255, y)
+
+    def test_reentrant_checkpointing_points_to_preflight(self) -> None:
+        model = make_model("conv")
+        checkpointed = torch.utils.checkpoint.checkpoint
+        x, y = make_batch()
+        self._fails(RuntimeError, "preflight", lambda z: checkpointed(model, z, use_reentrant=True), x, y)
+
+    def test_a_frozen_model_under_a_trained_criterion_is_fine(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+            def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+                return per_sample_cross_entropy(self.scale * logits, y)
+
+        criterion, (x, y) = Scaled(), make_batch()
+        objective = PenalizedLoss(criterion, {"p": TERMS["Linf"]})
+        objective(make_model("conv").requires_grad_(False), x, y).total.backward()
+        assert criterion.scale.grad is not None
+
+    def test_what_is_no_differentiation(self) -> None:
+        with pytest.raises(TypeError, match=r"DoubleBackward\(\) or FiniteDifference"):
+            PenalizedLoss(per_sample_cross_entropy, {}, differentiation=DoubleBackward)
+        with pytest.raises(TypeError, match="terms are named"):
+            PenalizedLoss(per_sample_cross_entropy, [TERMS["Linf"]])
+        with pytest.raises(TypeError, match=r"GradNormPenalty\(Linf"):
+            Term(Linf(0.1))
+
+    def test_class_scores_of_other_shapes(self) -> None:
+        with pytest.raises(ValueError, match=r"logits of shape \(B, K\)"):
+            class_scores(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"classes of shape \(B,\)"):
+            class_scores(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
 
     def test_what_is_no_term(self) -> None:
         with pytest.raises(TypeError, match=r"Term\(penalty, weight\)"):

@@ -97,6 +97,7 @@ def test_every_model_under_grad(model_name: str) -> None:
     assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:.*statistics of the batch:gradreg.GradregWarning")
 def test_batch_norm_in_training_mode_under_functional_call() -> None:
     model, twin, (x, y) = make_model("batch_norm_train"), make_model("batch_norm_train"), make_batch()
     parameters = {name: value.requires_grad_() for name, value in _parameters(model).items()}

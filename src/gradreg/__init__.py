@@ -4,14 +4,14 @@ from gradreg.attacks import FGSM, NFGSM, Attack, PGDAttack, pgd
 from gradreg.checks import GradregWarning
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.edges import contour_energy, oriented_energy
-from gradreg.gradients import input_gradient, input_gradient_of
+from gradreg.gradients import Score, input_gradient, input_gradient_of
 from gradreg.normalization import Normalize, with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
 from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, edge_alignment, grad_norm
-from gradreg.preflight import PreflightReport, preflight
+from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.schedules import Schedule, constant, cosine_ramp, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
-from gradreg.smooth import SmoothReport, find_nonsmooth, smoothify
+from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
 
 __all__ = [
@@ -24,10 +24,12 @@ __all__ = [
     "Differentiation",
     "DoubleBackward",
     "EdgeAlignmentPenalty",
+    "Finding",
     "FiniteDifference",
     "GradNormPenalty",
     "GradregWarning",
     "Linf",
+    "NonSmooth",
     "Normalize",
     "PGDAttack",
     "PenalizedLoss",
@@ -36,6 +38,7 @@ __all__ = [
     "Penalty",
     "PreflightReport",
     "Schedule",
+    "Score",
     "SmoothReport",
     "Term",
     "ThreatModel",

@@ -6,7 +6,10 @@ synchronisation: at every call on the CPU; elsewhere at an owner's first call, a
 """
 
 import math
+import sys
+import warnings
 import weakref
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -14,6 +17,19 @@ from torch import Tensor
 
 class GradregWarning(UserWarning):
     """Something that trains or attacks without an error, but hardly as intended."""
+
+
+# Whose frames a warning passes by: this library, PyTorch, and the checks of annotations.
+_NOT_THE_USERS = ("gradreg", "torch", "jaxtyping")
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code that led here, past the frames of this library and of PyTorch."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, GradregWarning, stacklevel=level)
 
 
 _has_looked: "weakref.WeakSet[object]" = weakref.WeakSet()
@@ -60,8 +76,9 @@ def check_logits(logits: object) -> None:
     """Raise unless the model returned one tensor."""
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The model returned {type(logits).__name__}; expected one tensor of logits. Wrap it, for example "
-            "lambda x: model(x).logits or lambda x: model(x)[0]."
+            f"The model returned {type(logits).__name__}; expected one tensor of logits. Wrap the model in a module "
+            "whose forward returns them, for example `def forward(self, x): return self.model(x).logits`. (A function "
+            "would do too, but hides the model's modes and wrappers from this library.)"
         )
 
 
@@ -103,10 +120,10 @@ def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
 
 
 def check_radius(eps: float | Tensor, span: float | Tensor) -> None:
-    """Raise if a radius per pixel reaches over the whole range of a pixel: it is in another unit."""
-    if bool((torch.as_tensor(eps) >= torch.as_tensor(span)).any()):
+    """Raise if a radius per pixel exceeds the whole range of a pixel: it is in another unit."""
+    if bool((torch.as_tensor(eps).cpu() > torch.as_tensor(span).cpu()).any()):
         raise ValueError(
-            f"eps={_brief(eps)} reaches over the whole pixel range of {_brief(span)}: it is in another unit than x. "
+            f"eps={_brief(eps)} exceeds the whole pixel range of {_brief(span)}: it is in another unit than x. "
             "For pixels in [0, 1] write Linf(4 / 255), not Linf(4); for images that a loader normalised, Linf(4 / 255 "
             "/ std)."
         )
@@ -131,7 +148,7 @@ def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
 
 def check_not_normalized_twice(lowest: float, highest: float) -> None:
     """Raise if values of this range cannot be pixels of [0, 1], though the model normalises and takes just those."""
-    if lowest < -1 or highest > 2:
+    if lowest < -0.75 or highest > 2:
         raise ValueError(
             f"The model normalises its input (gradreg.Normalize), but x lies in [{lowest:.3g}, {highest:.3g}]: it "
             "looks normalised already, or in units of 0 to 255. Pass pixels in [0, 1]."

@@ -14,12 +14,13 @@ every penalty, and where second derivatives do not exist: fused attention, compi
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
-from gradreg.gradients import Score, with_pull_back
+from gradreg import checks
+from gradreg.gradients import Score, in_transform, with_pull_back
 from gradreg.threat_models import ThreatModel
 
 PenaltyFunction = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +28,13 @@ PenaltyFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Differentiation(ABC):
-    """A way to make penalties of an input gradient differentiable with respect to the weights."""
+    """A way to make penalties of an input gradient differentiable with respect to the weights.
+
+    Attributes:
+        looks_elsewhere: Whether it evaluates the score at other inputs than x, so that random numbers must be replayed.
+    """
+
+    looks_elsewhere: ClassVar[bool] = True
 
     @abstractmethod
     def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
@@ -54,6 +61,8 @@ class DoubleBackward(Differentiation):
         DoubleBackward()
     """
 
+    looks_elsewhere: ClassVar[bool] = False
+
     def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
         grad = score.gradient(True)
         return [function(grad, score.x) for function in functions]
@@ -73,7 +82,9 @@ class FiniteDifference(Differentiation):
     :class:`gradreg.GradNormPenalty` the displacement is ``step`` times the maximiser, so that ``step=1`` looks where
     FGSM looks.
 
-    All passes draw the same random numbers, and only the first updates running statistics.
+    All passes draw the same random numbers, and only the first moves running statistics. Inside transforms and compiled
+    regions random numbers cannot be replayed: a module with dropout is refused there, and in a model given as a
+    function, whose modules cannot be seen, dropout would make the result wrong.
 
     Attributes:
         step: Size of the displacement in units of the threat model: 0.25 is a quarter of eps.
@@ -81,7 +92,10 @@ class FiniteDifference(Differentiation):
         scheme: ``"forward"``, one more forward and backward pass for each penalty, or ``"central"``, two.
 
     Raises:
-        ValueError: If step is not above 0 or the scheme is unknown; and, when called, if no threat model is known.
+        ValueError: If step is not above 0 or the scheme is unknown; and, when called, if no threat model is known, or
+        one
+            with eps 0 where the penalty moves the input.
+        TypeError: When called, if x is in half precision.
 
     Example:
         >>> from gradreg import EdgeAlignmentPenalty, Linf, PenalizedLoss, Term, sampled_class
@@ -104,6 +118,11 @@ class FiniteDifference(Differentiation):
             raise ValueError(f'FiniteDifference: scheme is "forward" or "central", got {self.scheme!r}.')
 
     def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
+        if score.x.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"FiniteDifference: x is in {score.x.dtype}, whose neighbouring values are about as far apart as the "
+                "step. Keep x in float32 and run the model under torch.autocast."
+            )
         grad = score.gradient(False).detach()
         return [self._penalty(score, grad, function) for function in functions]
 
@@ -111,6 +130,11 @@ class FiniteDifference(Differentiation):
         values, pull_back = with_pull_back(lambda g: function(g, score.x), grad)
         (direction,) = pull_back(torch.ones_like(values))
         size = self._threat_of(function).norm(direction)
+        if not in_transform() and checks.may_look(self, size, validate=False) and bool(size.isinf().any()):
+            raise ValueError(
+                "FiniteDifference: the threat model's eps is 0 at inputs that the penalty moves. Give one with eps "
+                "above 0 everywhere."
+            )
         moves = size > 0
         per_step = torch.where(moves, self.step / size.where(moves, 1.0), 0.0)
         displacement = per_step.view(-1, *[1] * (grad.ndim - 1)) * direction
@@ -123,7 +147,7 @@ class FiniteDifference(Differentiation):
         return values.detach() + derivative - derivative.detach()
 
     def _threat_of(self, function: PenaltyFunction) -> ThreatModel:
-        threat = self.threat or getattr(function, "threat", None)
+        threat = getattr(function, "threat", None) or self.threat
         if threat is None:
             raise ValueError(
                 f"FiniteDifference: {type(function).__name__} has no threat model, so the step of {self.step} has no "

@@ -68,7 +68,12 @@ def input_gradient(
             "input_gradient: the losses carry no graph. Compute them with grad enabled, outside torch.no_grad() and "
             "torch.inference_mode(), and without detach() on the way from x."
         )
-    (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    try:
+        (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"input_gradient: {error}\ngradreg.preflight(model, x, y) names the module and the mend."
+        ) from error
     if grad is None:
         raise RuntimeError(
             "input_gradient: the losses do not depend on x. They must be computed from this very tensor, after "

@@ -24,10 +24,16 @@ def evaluating(model: object) -> Iterator[None]:
     ``model.train()`` afterwards would not do: it would also set modules training that the user had frozen with
     ``eval()``.
 
-    Args:
-        model: A module. Anything else (a function) has no mode and is left alone.
+    Raises:
+        TypeError: If model is not a module: the modes of what a function calls cannot be seen.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Evaluation mode needs an nn.Module, got {type(model).__name__}: the modes of the modules that a "
+            "function calls cannot be seen. Wrap the model in a module, or call model.eval() and attack it with "
+            'mode="keep".'
+        )
+    modules = list(model.modules())
     flags = [module.training for module in modules]
     try:
         for module in modules:
@@ -40,10 +46,12 @@ def evaluating(model: object) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(model: object) -> Iterator[None]:
-    """Batch statistics are used as before, but no running statistic is updated: for forward passes that are no step.
+    """Batch statistics are used as before, but no running statistic moves: for forward passes beside the step's own.
+
+    Other buffers that a forward pass changes, such as the vectors of ``spectral_norm`` in training mode, do move.
 
     Args:
-        model: A module. Anything else (a function) is left alone.
+        model: A module. Anything else (a function) hides its modules and is left alone.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     norms = [m for m in modules if isinstance(m, _NormBase) and m.training and m.track_running_stats]
@@ -77,14 +85,19 @@ def dropouts(model: object) -> list[nn.Module]:
 
 
 def _drop_rate(module: nn.Module) -> float:
-    if not isinstance(module, _DropoutNd) and type(module).__name__ not in _RANDOM_DEPTH:
-        return 0.0
-    return float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return float(module.dropout)
+    if isinstance(module, _DropoutNd) or type(module).__name__ in _RANDOM_DEPTH:
+        return float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
+    return 0.0
 
 
 def random_state(device: torch.device) -> RandomState:
     """The state of the generators that a forward pass on this device draws from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    if device.type == "cpu":
+        return torch.get_rng_state(), None
+    generators = torch.get_device_module(device)
+    return torch.get_rng_state(), generators.get_rng_state(*_of_many(device))
 
 
 @contextmanager
@@ -99,7 +112,12 @@ def replayed(state: RandomState, device: torch.device) -> Iterator[None]:
 
 
 def _set_random_state(state: RandomState, device: torch.device) -> None:
-    on_cpu, on_gpu = state
+    on_cpu, on_device = state
     torch.set_rng_state(on_cpu)
-    if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu, device)
+    if on_device is not None:
+        torch.get_device_module(device).set_rng_state(on_device, *_of_many(device))
+
+
+def _of_many(device: torch.device) -> tuple[torch.device, ...]:
+    """The argument that names one device of a kind, where there can be several."""
+    return () if device.type == "mps" else (device,)

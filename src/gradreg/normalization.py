@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Channels = Sequence[float] | Tensor
+
 
 @final
 class Normalize(nn.Module):
@@ -33,14 +35,15 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Channels, std: Channels) -> None:
         super().__init__()
         if len(mean) != len(std):
             raise ValueError(f"Normalize: mean has {len(mean)} channels, std has {len(std)}.")
         if not all(deviation > 0 for deviation in std):
             raise ValueError(f"Normalize: every std must be above 0, got {list(std)}.")
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            channels = torch.as_tensor(values, dtype=torch.float32).clone().view(-1, 1, 1)
+            self.register_buffer(name, channels, persistent=False)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """The normalised images."""
@@ -53,7 +56,7 @@ class Normalize(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-def with_normalization(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
+def with_normalization(model: nn.Module, mean: Channels, std: Channels) -> nn.Sequential:
     """The model, taking pixels in [0, 1] and normalising them itself.
 
     eps, bounds, noise and pictures then share one unit, whatever the model was trained on. The loader must not

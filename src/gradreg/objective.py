@@ -1,7 +1,6 @@
 """The training objective: the loss that the user already has, plus penalties on input gradients."""
 
 import math
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradreg import checks
+from gradreg.criteria import Criterion
 from gradreg.differentiation import Differentiation, DoubleBackward, PenaltyFunction
 from gradreg.gradients import check_scores, in_transform
+from gradreg.modes import batch_norms
 from gradreg.normalization import Normalize
 from gradreg.schedules import Schedule
-from gradreg.scoring import Criterion, EagerForward, Forward, Model, TransformedForward
+from gradreg.scoring import EagerForward, Forward, Model, TransformedForward
 from gradreg.selectors import ClassSelector
 from gradreg.smooth import find_nonsmooth
 from gradreg.threat_models import Linf
@@ -47,6 +48,11 @@ class Term:
     of: ClassSelector | None = None
 
     def __post_init__(self) -> None:
+        if not callable(self.penalty):
+            raise TypeError(
+                f"Term: a penalty is a function of (grad, x), such as GradNormPenalty(Linf(4 / 255)); got "
+                f"{self.penalty!r}."
+            )
         if self.of is not None and not isinstance(self.of, ClassSelector):
             raise TypeError(
                 f"Term: `of` is None for the loss, or a class selector such as sampled_class(0.5); got {self.of!r}."
@@ -128,6 +134,13 @@ class PenalizedLoss(nn.Module):
         validate: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(terms, Mapping):
+            raise TypeError(f'PenalizedLoss: terms are named, {{"grad_norm": Term(...)}}; got {type(terms).__name__}.')
+        if not isinstance(differentiation, Differentiation | None):
+            raise TypeError(
+                "PenalizedLoss: differentiation is DoubleBackward() or FiniteDifference(0.25), got "
+                f"{differentiation!r}."
+            )
         wrong = {name: type(term).__name__ for name, term in terms.items() if not isinstance(term, Term)}
         if wrong:
             raise TypeError(f"PenalizedLoss: terms are Term(penalty, weight), got {wrong}.")
@@ -138,6 +151,8 @@ class PenalizedLoss(nn.Module):
         self.criterion = criterion
         self.terms = dict(terms)
         self._names_by_score = _grouped(self.terms)
+        # Registered, so that objective.to(device) moves what a penalty of the user's own may hold.
+        self._penalties = nn.ModuleList(t.penalty for t in self.terms.values() if isinstance(t.penalty, nn.Module))
         self.loss_weight = loss_weight
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.inner_scale = inner_scale
@@ -149,7 +164,8 @@ class PenalizedLoss(nn.Module):
         """The objective on one batch.
 
         Args:
-            model: Any function from x to logits. Its own training mode and parameters are used as they are.
+            model: Any function from x to logits; its modes and parameters are used as they are. Give an ``nn.Module``
+                where there is one: what a plain function calls cannot be checked.
             x: Inputs, ``(B, ...)``. They need not require grad, and no gradient is accumulated in them.
             y: Labels, as the criterion takes them.
             t: The optimiser step, for the schedules.
@@ -163,8 +179,8 @@ class PenalizedLoss(nn.Module):
             TypeError: If x is not real, or the model returns no tensor, or labels are of the wrong type.
             ValueError: If the criterion does not return one loss per sample, labels or pixels are out of range, eps
                 is in another unit than x, a schedule is used without t.
-            RuntimeError: If nothing could be trained: grad is disabled, all parameters are frozen, or the model is
-                wrapped in a way that makes double backward wrong (each message names the mend).
+            RuntimeError: If nothing could be trained: grad is disabled, all parameters are frozen, x carries a graph,
+                or the model is wrapped in a way that makes double backward wrong (each message names the mend).
         """
         loss_weight = _weight_at(self.loss_weight, t, "loss_weight")
         weights = {name: term.weight_at(t) for name, term in self.terms.items()}
@@ -179,7 +195,16 @@ class PenalizedLoss(nn.Module):
                 self._check_setup(model)
             if look:
                 self._check_values(model, x, active)
-            forward = EagerForward(model, self.criterion, x, y, self.inner_scale, bool(active), look)
+            forward = EagerForward(
+                model,
+                self.criterion,
+                x,
+                y,
+                self.inner_scale,
+                differentiable=bool(active),
+                replay=bool(active) and self.differentiation.looks_elsewhere,
+                look=look,
+            )
         total = loss_weight * forward.losses
         penalties: dict[str, Tensor] = {}
         for selector, group in self._names_by_score:
@@ -207,29 +232,37 @@ class PenalizedLoss(nn.Module):
             )
         if not isinstance(model, nn.Module):
             return
-        if not any(p.requires_grad for p in model.parameters()) and any(True for _ in model.parameters()):
+        trained = [*model.parameters(), *self.parameters()]
+        if trained and not any(parameter.requires_grad for parameter in trained):
             raise RuntimeError(
-                "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would "
-                "be trained."
+                "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
+                "trained."
             )
-        if is_static(model):
+        if any(is_static(module) for module in model.modules()):
             raise RuntimeError(
                 "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
                 "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
                 "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
             )
         if isinstance(self.differentiation, DoubleBackward):
-            _check_double_backward(model)
+            _check_sharding(model)
+        if model not in _inspected.setdefault(self, weakref.WeakSet()):
+            _inspected[self].add(model)
+            _warn_of_modules(model, self.differentiation)
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
         if isinstance(model, nn.Module) and any(isinstance(module, Normalize) for module in model.modules()):
             checks.check_not_normalized_twice(lowest, highest)
-        if lowest >= 0 and highest <= 1:
-            for name in active:
-                threat = getattr(self.terms[name].penalty, "threat", None)
-                if isinstance(threat, Linf):
-                    checks.check_radius(threat.eps, 1.0)
+        for name in active:
+            threat = getattr(self.terms[name].penalty, "threat", None)
+            if isinstance(threat, Linf) and lowest >= 0 and highest <= 1:
+                checks.check_radius(threat.eps, 1.0)
+            elif isinstance(threat, Linf) and highest > 16 and torch.as_tensor(threat.eps).max().item() < 1:
+                checks.warn(
+                    f"PenalizedLoss: x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, "
+                    "1]. Pass x / 255, or Linf(255 * eps)."
+                )
 
 
 @final
@@ -264,13 +297,12 @@ class PenalizedModel(nn.Module):
         return self.objective(self.model, x, y, t, classes=classes)
 
 
-_inspected: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# The models that an objective has been warned of.
+_inspected: "weakref.WeakKeyDictionary[PenalizedLoss, weakref.WeakSet[nn.Module]]" = weakref.WeakKeyDictionary()
 
 
-def _check_double_backward(model: nn.Module) -> None:
-    """Raise or warn where a wrapper or the activations of the model stand in the way of double backward."""
-    if model in _inspected:
-        return
+def _check_sharding(model: nn.Module) -> None:
+    """Raise where FSDP frees the parameters that double backward needs again."""
     if any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
         raise RuntimeError(
             "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
@@ -278,23 +310,31 @@ def _check_double_backward(model: nn.Module) -> None:
             "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
             "differentiation=FiniteDifference()."
         )
-    _inspected.add(model)
-    if is_compiled(model):
-        warnings.warn(
+
+
+def _warn_of_modules(model: nn.Module, differentiation: Differentiation) -> None:
+    """Warn where modules of the model make the penalty do less, or something else, than it says."""
+    coupled = batch_norms(model)
+    if coupled:
+        checks.warn(
+            f"PenalizedLoss: {len(coupled)} normalisation layers use the statistics of the batch "
+            f"({type(coupled[0]).__name__}), so that part of a sample's input gradient is the other samples'. Set them "
+            "to evaluation mode, as the thesis does, or use GroupNorm; or leave it so, knowing it."
+        )
+    if not isinstance(differentiation, DoubleBackward):
+        return
+    if any(is_compiled(module) for module in model.modules()):
+        checks.warn(
             "PenalizedLoss: the model is compiled, and torch.compile has no double backward outside of the compiled "
             "region. Compile the whole step instead, use differentiation=FiniteDifference(), or see "
-            "gradreg.preflight(model, x, y).",
-            checks.GradregWarning,
-            stacklevel=4,
+            "gradreg.preflight(model, x, y)."
         )
-    piecewise_linear = [site for site in find_nonsmooth(model) if site.flat]
-    if piecewise_linear:
-        warnings.warn(
-            f"PenalizedLoss: {len(piecewise_linear)} activations of the model are piecewise linear "
-            f"({piecewise_linear[0].name or 'the model'}: {piecewise_linear[0].kind}, ...). Their second derivative "
-            "is 0 almost everywhere, and the penalty is known to collapse; train smoothify(model) instead.",
-            checks.GradregWarning,
-            stacklevel=4,
+    flat = [site for site in find_nonsmooth(model) if site.flat]
+    if flat:
+        checks.warn(
+            f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
+            f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
+            "collapse; train smoothify(model) instead."
         )
 
 

@@ -53,8 +53,8 @@ class GradNormPenalty(Penalty):
 
     A weight of 1 has a meaning: loss plus penalty is then the worst loss inside the threat model, to first order. The
     thesis weighs the loss by 0.8 and the penalty by 1.2 at :math:`\varepsilon = 4/255`. It needs a model with smooth
-    activations (:func:`gradreg.smoothify`): in a piecewise linear one the input gradient does not change with most
-    weights' biases, and the penalty collapses (section 4.3 there).
+    activations (:func:`gradreg.smoothify`): the input gradient of a piecewise linear model has a derivative of 0
+    with respect to every bias almost everywhere, and the penalty collapses (section 4.3 there).
 
     Args:
         threat: The perturbations to withstand, in the units of the model's input.
@@ -117,7 +117,7 @@ def edge_alignment(
         One number per sample, without units; in [0, 2] for level ``"sample"``.
 
     Raises:
-        ValueError: If grad and x differ in shape, are no images, or level is none of the two.
+        ValueError: If grad and x differ in shape, are not images, or level is neither.
 
     Example:
         >>> x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,6 @@ grad; it is the cheaper one, and sees hooks and wrappers of the model. :class:`T
 model once.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast, final
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import checks, modes
+from gradreg.criteria import Criterion
 from gradreg.gradients import Score, check_scores, input_gradient, with_pull_back
 from gradreg.selectors import ClassSelector, class_scores
+from gradreg.threat_models import at_least_float32
 
 Model = Callable[[Tensor], Tensor]
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class Forward(ABC):
@@ -74,6 +74,7 @@ class EagerForward(Forward):
         y: The labels.
         inner_scale: Factor on a score while its gradient is taken.
         differentiable: Whether input gradients will be asked for.
+        replay: Whether scores will be asked for at other inputs.
         look: Whether values may be looked at.
     """
 
@@ -84,9 +85,16 @@ class EagerForward(Forward):
         x: Tensor,
         y: Tensor,
         inner_scale: float,
+        *,
         differentiable: bool,
+        replay: bool,
         look: bool,
     ) -> None:
+        if x.grad_fn is not None:
+            raise RuntimeError(
+                "x carries a graph, which a penalty on its gradient would cut. Make what computes x a part of the "
+                "model, or pass x.detach() if nothing before it is to be trained."
+            )
         # Tensors made under inference_mode cannot be saved for a backward pass; copies made outside of it can.
         self.x = x.clone() if x.is_inference() else x.detach()
         self.y = y.clone() if y.is_inference() else y
@@ -95,24 +103,24 @@ class EagerForward(Forward):
         self._inner_scale = inner_scale
         self._look = look
         self._leaf = self.x.detach().requires_grad_(differentiable)
-        self._random_state = modes.random_state(x.device)
+        self._random_state = modes.random_state(x.device) if replay else None
         # The model gets a copy: its first operation may work in place, which a leaf forbids.
         self._read(model(self._leaf.clone() if differentiable else self._leaf), look=look)
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:
-            grad = input_gradient(values * self._inner_scale, self._leaf, create_graph=create_graph) / self._inner_scale
+            grad = input_gradient(values * self._inner_scale, self._leaf, create_graph=create_graph)
+            grad = at_least_float32(grad) / self._inner_scale
             if self._look and _all_zero(grad):
-                warnings.warn(
+                checks.warn(
                     "The input gradient of every sample is exactly 0, so that the penalty trains nothing. Either the "
                     "loss is saturated, or something before the first layer has no slope (rounding, quantising, "
-                    "argmax).",
-                    checks.GradregWarning,
-                    stacklevel=6,
+                    "argmax)."
                 )
             return grad
 
         def at(z: Tensor) -> Tensor:
+            assert self._random_state is not None  # who asks for this has said so
             with modes.replayed(self._random_state, z.device), modes.frozen_statistics(self._model):
                 return score_of(self._model(z))
 
@@ -123,7 +131,7 @@ class EagerForward(Forward):
 class TransformedForward(Forward):
     """A forward pass inside a ``torch.func`` transform or a compiled region, where values cannot be looked at.
 
-    Random numbers are not replayed here: with dropout, finite differences need the eager form.
+    Random numbers cannot be replayed here: with dropout, finite differences need the eager form.
 
     Args:
         model: The model.
@@ -146,9 +154,14 @@ class TransformedForward(Forward):
         def gradient(create_graph: bool) -> Tensor:
             scaled = torch.func.grad(lambda logits: (score_of(logits) * self._inner_scale).sum())(self.logits)
             (grad,) = self._pull_back(scaled)
-            return grad / self._inner_scale
+            return at_least_float32(grad) / self._inner_scale
 
         def at(z: Tensor) -> Tensor:
+            if modes.dropouts(self._model):
+                raise RuntimeError(
+                    "FiniteDifference cannot give all its passes the same dropout masks inside a torch.func transform "
+                    "or a compiled region. Call the objective eagerly, use DoubleBackward(), or leave dropout out."
+                )
             if not modes.batch_norms(self._model):  # older compilers cannot trace a context manager made of a generator
                 return score_of(self._model(z))
             with modes.frozen_statistics(self._model):

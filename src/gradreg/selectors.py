@@ -12,10 +12,18 @@ from torch import Tensor
 def class_scores(logits: Float[Tensor, "B K"], classes: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Every sample's logit of its class: a score to differentiate, in the place of the loss.
 
+    Raises:
+        ValueError: If logits and classes are not of shapes (B, K) and (B,).
+
     Example:
         >>> class_scores(torch.tensor([[0.0, 3.0], [2.0, 1.0]]), torch.tensor([1, 0]))
         tensor([3., 2.])
     """
+    if logits.ndim != 2 or classes.shape != logits.shape[:1]:
+        raise ValueError(
+            f"The score of a class needs logits of shape (B, K) and classes of shape (B,), got {tuple(logits.shape)} "
+            f"and {tuple(classes.shape)}."
+        )
     return logits.gather(1, classes.unsqueeze(1)).squeeze(1)
 
 

@@ -172,7 +172,7 @@ class Linf(ThreatModel):
         return inside if box is None else inside.clamp(*box)
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
-        return self._stretch(torch.empty_like(x).uniform_(-1, 1, generator=generator))
+        return self._stretch(_empty(x).uniform_(-1, 1, generator=generator))
 
 
 @final
@@ -229,7 +229,7 @@ class L2(ThreatModel):
         return self._stretch(nearest.view_as(delta)).to(delta.dtype)
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
-        direction = unit(torch.empty_like(x).normal_(generator=generator))
+        direction = unit(_empty(x).normal_(generator=generator))
         return self._stretch(direction * _radius_like(x, generator))
 
 
@@ -315,8 +315,8 @@ class L1(ThreatModel):
         )
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
-        magnitude = torch.empty_like(x).exponential_(generator=generator)
-        sign = torch.empty_like(x).uniform_(-1, 1, generator=generator).sign()
+        magnitude = _empty(x).exponential_(generator=generator)
+        sign = _empty(x).uniform_(-1, 1, generator=generator).sign()
         share = magnitude / _samples(magnitude).sum(1).view(_column(x))
         return self._stretch(sign * share * _radius_like(x, generator))
 
@@ -331,7 +331,7 @@ def rows_of(value: Value, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]
     ``(C, 1, 1)`` does not.
     """
     if isinstance(value, Tensor) and value.ndim == x.ndim and value.shape[0] == x.shape[0]:
-        return value[rows]
+        return value[rows.to(value.device) if isinstance(rows, Tensor) else rows]
     return value
 
 
@@ -365,6 +365,11 @@ def _samples(tensor: Tensor) -> Tensor:
 def _column(x: Tensor) -> tuple[int, ...]:
     """The shape of one number per sample that broadcasts against x."""
     return (x.shape[0],) + (1,) * (x.ndim - 1)
+
+
+def _empty(x: Tensor) -> Tensor:
+    """A tensor like x, always contiguous: noise must not depend on the memory format."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _radius_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile made this module, or compiles its calls."""
-    return "OptimizedModule" in _bases(module) or getattr(module, "_compiled_call_impl", None) is not None
+    return _is_a(module, "OptimizedModule") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def is_static(module: nn.Module) -> bool:
@@ -16,18 +16,18 @@ def is_static(module: nn.Module) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this is a unit of FSDP, of either version."""
-    return bool(_bases(module) & {"FSDPModule", "FullyShardedDataParallel"})
+    return _is_a(module, "FSDPModule", "FullyShardedDataParallel")
 
 
 def frees_parameters(module: nn.Module) -> bool:
     """Whether a unit of FSDP frees its parameters after a backward pass; version 1 cannot be told not to."""
-    if "FSDPModule" not in _bases(module):
+    if not _is_a(module, "FSDPModule"):
         return True
     state = module._get_fsdp_state()  # type: ignore[operator]  # of fully_shard, and public only for setting
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     return any(getattr(group, "reshard_after_backward", False) for group in groups)
 
 
-def _bases(module: nn.Module) -> set[str]:
-    """Class names of the module: these classes are too heavy, or too new, to be imported."""
-    return {base.__name__ for base in type(module).__mro__}
+def _is_a(module: nn.Module, *names: str) -> bool:
+    """Whether one of a module's classes has this name: those looked for are too heavy, or too new, to be imported."""
+    return any(base.__name__ in names for base in type(module).__mro__)

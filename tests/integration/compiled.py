@@ -51,6 +51,7 @@ def test_objectives(objective_name: str) -> None:
     _check(make_model("conv"), make_objective(objective_name))
 
 
+@pytest.mark.filterwarnings("ignore:.*statistics of the batch:gradreg.GradregWarning")
 @pytest.mark.parametrize("model_name", [*FUNCTIONAL, "batch_norm_train"])
 def test_models(model_name: str) -> None:
     _check(make_model(model_name), make_objective("both"))

@@ -1,6 +1,5 @@
 """Attacks on a model with labels, as frozen configurations."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,25 +7,20 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradreg import checks, modes
 from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds, Search, check_attackable, noise_for, pgd
+from gradreg.criteria import Criterion, cross_entropy
 from gradreg.threat_models import Eps, ThreatModel
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-
-
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y, reduction="none")
 
 
 @dataclass(frozen=True, eq=False)
 class Attack(ABC):
     """A configuration that turns a batch into a perturbed batch: ``attack(model, x, y) -> x_adv``.
 
-    It stores no model and has no state. No parameter's ``.grad``, no running statistic and no module's mode is changed.
+    It stores no model and has no state. No parameter's ``.grad``, no running statistic and no module's mode is changed
+    (a model given as a function hides its modules: give an ``nn.Module`` where there is one).
 
     Attributes:
         threat: The perturbations allowed, in the units of x.
@@ -42,12 +36,11 @@ class Attack(ABC):
     """
 
     threat: ThreatModel
-    criterion: Criterion = field(default=_cross_entropy, kw_only=True)
+    criterion: Criterion = field(default=cross_entropy, kw_only=True)
     targeted: bool = field(default=False, kw_only=True)
     bounds: Bounds | None = field(default=(0.0, 1.0), kw_only=True)
     out_of_bounds: OutOfBounds = field(default="check", kw_only=True)
     mode: Literal["keep", "eval"] = field(default="keep", kw_only=True)
-    seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, ThreatModel):
@@ -71,6 +64,11 @@ class Attack(ABC):
 
         Returns:
             The perturbed inputs, detached.
+
+        Raises:
+            ValueError: If x lies outside of the bounds or is not finite, eps is in another unit, or labels do not fit.
+            TypeError: If x is in half precision, the model returns no tensor, or it is no module for ``mode="eval"``.
+            RuntimeError: If the losses are NaN or do not depend on the input, or inside a transform.
         """
         with (
             self._mode(model),
@@ -78,22 +76,22 @@ class Attack(ABC):
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            return self._perturb(self._losses_at(model, y.clone() if y.is_inference() else y), x, index)
+            y = (y.clone() if y.is_inference() else y).to(x.device)
+            return self._perturb(self._losses_at(model, y, checks.may_look(self, x, validate=False)), x, index)
 
     @abstractmethod
     def _perturb(self, losses_at: LossesAt, x: Tensor, index: Tensor | None) -> Tensor:
         """The search itself."""
 
-    def _losses_at(self, model: Callable[[Tensor], Tensor], y: Tensor) -> LossesAt:
-        """The function to ascend."""
-        first = True
+    def _losses_at(self, model: Callable[[Tensor], Tensor], y: Tensor, look: bool) -> LossesAt:
+        """The function to ascend; looks at the labels' values once, if at all."""
 
         def losses_at(z: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            nonlocal first
+            nonlocal look
             logits, labels = model(z), y[rows]
             checks.check_logits(logits)
-            checks.check_labels(logits, labels, look=first)
-            first = False
+            checks.check_labels(logits, labels, look=look)
+            look = False
             losses = self.criterion(logits, labels)
             done = self._done(logits.detach(), labels)
             losses = -losses if self.targeted else losses
@@ -108,17 +106,15 @@ class Attack(ABC):
     def _mode(self, model: object) -> AbstractContextManager[None]:
         if self.mode == "eval":
             return modes.evaluating(model)
+        norms = [module for module in modes.batch_norms(model) if module.training]
         for modules, effect in (
-            (modes.batch_norms(model), "the gradient of a sample depends on the other samples of its batch"),
+            (norms, "the gradient of a sample depends on the other samples of its batch"),
             (modes.dropouts(model), "every step sees another model"),
         ):
             if modules:
-                warnings.warn(
+                checks.warn(
                     f"{type(self).__name__}: {type(modules[0]).__name__} is in training mode, so that {effect}. "
-                    "Attack in "
-                    'evaluation mode with mode="eval", or call model.eval() first.',
-                    checks.GradregWarning,
-                    stacklevel=3,
+                    'Attack in evaluation mode with mode="eval", or call model.eval() first.'
                 )
         return nullcontext()
 
@@ -140,6 +136,7 @@ class PGDAttack(Attack):
             point.
         early_stop: Let samples leave the search as soon as they are misclassified (targeted: classified as the target).
             Labels must then be classes, or probabilities whose largest counts.
+        seed: Makes the noise reproducible, see :func:`pgd`.
 
     Example:
         >>> from gradreg import Linf
@@ -156,10 +153,16 @@ class PGDAttack(Attack):
     restarts: int = field(default=1, kw_only=True)
     best: bool = field(default=True, kw_only=True)
     early_stop: bool = field(default=False, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
 
     def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
         if not self.early_stop:
             return None
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(
+                f"PGDAttack: early_stop compares classes and needs logits of shape (B, K), K > 1, got "
+                f"{tuple(logits.shape)}. Use early_stop=False, or pgd with a losses_at that says who is done."
+            )
         reached = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         return reached if self.targeted else ~reached
 
@@ -221,6 +224,7 @@ class NFGSM(Attack):
 
     Attributes:
         noise: Size of the uniform noise in units of the ball; the paper's value is 2.
+        seed: Makes the noise reproducible, see :func:`pgd`.
 
     Example:
         >>> from gradreg import Linf
@@ -232,6 +236,7 @@ class NFGSM(Attack):
     """
 
     noise: float = field(default=2.0, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,8 +244,9 @@ class NFGSM(Attack):
             raise ValueError(f"NFGSM: noise is a multiple of eps and must be at least 0, got {self.noise}.")
 
     def _perturb(self, losses_at: LossesAt, x: Tensor, index: Tensor | None) -> Tensor:
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds)
-        search = Search(losses_at, x, self.threat.scaled(1 + self.noise), self.bounds, best=False)
+        look = checks.may_look(pgd, x, validate=False)
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
+        search = Search(losses_at, x, self.threat.scaled(1 + self.noise), self.bounds, best=False, look=look)
         noise = noise_for(search.x, self.threat.scaled(self.noise), self.seed, index, 0, search.active)
         search.run(noise, 1, self.threat.eps)
         return search.result()

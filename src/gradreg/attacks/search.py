@@ -60,7 +60,7 @@ def pgd(
         out_of_bounds: What to do about an x outside of its bounds: ``"check"`` raises; ``"clamp"`` returns the
             perturbed input clamped to the bounds (augmentation such as random erasing leaves [0, 1]).
         seed: Makes noise a function of seed, sample and restart alone, independent of batch size, order, device or
-            rank. None draws from PyTorch's default generator.
+            rank; it is drawn sample by sample on the CPU. None draws from PyTorch's default generator.
         index: With a seed, the position of each sample in its data set. Default: its position in the batch.
 
     Returns:
@@ -70,6 +70,7 @@ def pgd(
         ValueError: If an argument is out of its range, x is not finite or outside of its bounds, or losses have a wrong
             shape.
         TypeError: If x is in half precision, where pixels are further apart than the steps of an attack.
+        RuntimeError: If the losses are NaN or do not depend on the input, or inside a transform or compiled region.
 
     Example:
         A linear loss rises most in a corner of the ball:
@@ -85,9 +86,20 @@ def pgd(
         raise ValueError(
             "pgd: several restarts need best=True, to choose among them, and random_start=True, to differ."
         )
-    check_attackable(x, threat, bounds, out_of_bounds)
+    if index is not None and (seed is None or index.shape != x.shape[:1]):
+        raise ValueError(
+            f"pgd: index holds one position per sample, shape ({len(x)},), for the noise of a seed; got shape "
+            f"{tuple(index.shape)} and seed={seed}."
+        )
+    if start is not None and (start.shape, start.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"pgd: start is a perturbation of x, {x.dtype} of shape {tuple(x.shape)}; got {start.dtype} of shape "
+            f"{tuple(start.shape)}."
+        )
+    look = checks.may_look(pgd, x, validate=False)
+    check_attackable(x, threat, bounds, out_of_bounds, look)
     with torch.inference_mode(False), torch.enable_grad():
-        search = Search(losses_at, x, threat, bounds, best)
+        search = Search(losses_at, x, threat, bounds, best, look)
         step_size = threat.eps * (2.5 / steps) if step_size is None else step_size
         for restart in range(restarts):
             if restart == 0 and start is not None:
@@ -105,13 +117,16 @@ def pgd(
 class Search:
     """The state of one attack on one batch: who is still in play, and every sample's perturbation to return."""
 
-    def __init__(self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, best: bool) -> None:
+    def __init__(
+        self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, best: bool, look: bool
+    ) -> None:
         # Tensors made under inference_mode cannot be saved for a backward pass; copies made outside of it can.
         self.x = x.clone() if x.is_inference() else x.detach()
         self.losses_at = losses_at
         self.threat = threat
         self.bounds = None if bounds is None else _bounds_like(self.x, bounds)
         self.best = best
+        self.look = look
         self.active = torch.arange(x.shape[0], device=x.device)
         self.delta = torch.zeros_like(self.x)
         self.highest = self.x.new_full(x.shape[:1], -torch.inf)
@@ -136,50 +151,68 @@ class Search:
             self.delta[self.active] = delta
             return
         with torch.no_grad():
-            losses, done = self._losses(delta)
+            losses, done = self._losses(self._inside(self.x[self.active] + delta, self.active))
         self._record(losses, done, delta)
         if done is not None:
             self.active = self.active[~done]
 
     def result(self) -> Tensor:
         """The perturbed batch."""
-        if self.best and bool(torch.isneginf(self.highest).any()):
-            raise RuntimeError(
-                f"pgd: the losses of {int(torch.isneginf(self.highest).sum())} samples were NaN at every point, so "
-                "there was nothing to ascend. Look at the model's logits on clean inputs."
-            )
         return self._inside(self.x + self.delta, slice(None))
 
     def _ascent_direction(self, delta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Losses at the perturbations, who is done, and the gradient."""
-        leaf = delta.detach().requires_grad_()
-        losses, done = self._losses(leaf)
+        """Losses at the perturbations, who is done, and the gradient.
+
+        The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
+        """
+        leaf = self._inside(self.x[self.active] + delta, self.active).requires_grad_()
+        losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place
         if not losses.requires_grad:
             raise RuntimeError(
                 "pgd: the losses do not depend on the input. The model detaches it, or runs its forward under "
                 "torch.no_grad()."
             )
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        if self.look:
+            self._check_ascent(losses.detach(), grad)
+            self.look = False
         return losses.detach(), done, grad
 
-    def _losses(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
-        z = self._inside(self.x[self.active] + delta, self.active)
+    def _check_ascent(self, losses: Tensor, grad: Tensor) -> None:
+        if bool(losses.isnan().any()):
+            raise RuntimeError(
+                f"pgd: the losses of {int(losses.isnan().sum())} samples are NaN, so that there is nothing to ascend. "
+                "Look at the model's logits on clean inputs."
+            )
+        if not bool(grad.any()):
+            checks.warn(
+                "The gradient of every sample is exactly 0, so that this attack does nothing. Either the loss is "
+                "saturated (ascend a margin of logits instead of cross-entropy), or something before the first layer "
+                "has no slope (rounding, quantising: give it a straight-through gradient)."
+            )
+
+    def _losses(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.losses_at(z, self.active)
         losses, done = found if isinstance(found, tuple) else (found, None)
         check_scores(losses, z)
+        if done is not None and (done.dtype != torch.bool or done.shape != losses.shape):
+            raise ValueError(
+                f"pgd: done says of each sample whether it leaves, bool of shape {tuple(losses.shape)}; got "
+                f"{done.dtype} of shape {tuple(done.shape)}."
+            )
         return losses, done
 
     def _record(self, losses: Tensor, done: Tensor | None, delta: Tensor) -> None:
         """Keep the points that beat all before; one that is done beats any."""
         if not self.best and done is None:
             return
-        losses = losses.to(self.highest.dtype)
-        better = losses > self.highest[self.active] if self.best else torch.zeros_like(losses, dtype=torch.bool)
+        rows, losses = self.active, losses.to(self.highest.dtype)
+        better = losses > self.highest[rows] if self.best else torch.zeros_like(losses, dtype=torch.bool)
         if done is not None:
             better = better | done
-        rows = self.active[better]
-        self.delta[rows] = delta[better]
-        self.highest[rows] = losses[better]
+        # By where and not by boolean indices, which would wait for the device.
+        self.highest[rows] = torch.where(better, losses, self.highest[rows])
+        self.delta[rows] = torch.where(better.view(-1, *[1] * (delta.ndim - 1)), delta, self.delta[rows])
 
     def _stride(self, step_size: Eps) -> ThreatModel:
         """The ball whose maximiser is a step, for the active samples."""
@@ -223,7 +256,9 @@ def _bounds_like(x: Tensor, bounds: Bounds) -> Box:
     return torch.as_tensor(low).to(x), torch.as_tensor(high).to(x)
 
 
-def check_attackable(x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_bounds: OutOfBounds) -> None:
+def check_attackable(
+    x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_bounds: OutOfBounds, look: bool
+) -> None:
     """Raise unless x can be attacked within its bounds."""
     if in_transform():
         raise RuntimeError(
@@ -238,6 +273,12 @@ def check_attackable(x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_
         )
     if out_of_bounds not in ("check", "clamp"):
         raise ValueError(f'out_of_bounds is "check" or "clamp", got {out_of_bounds!r}.')
+    if bounds is not None and any(isinstance(side, Tensor) and side.ndim == 1 for side in bounds):
+        raise ValueError(
+            "bounds of one dimension could mean channels or columns: use bound.view(-1, 1, 1) for channels."
+        )
+    if not look:
+        return
     if bounds is None:
         checks.finite_range(x)
         return

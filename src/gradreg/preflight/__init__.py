@@ -7,12 +7,12 @@ own names.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradreg.criteria import Criterion, cross_entropy
 from gradreg.preflight.inspection import inspect
 from gradreg.preflight.report import Finding, FoundError, PreflightReport
-from gradreg.preflight.trial import Criterion, Trial, left_as_found
+from gradreg.preflight.trial import Trial, left_as_found
 from gradreg.wrappers import is_sharded
 
 __all__ = ["Finding", "PreflightReport", "preflight"]
@@ -76,11 +76,7 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
         if not any(finding.severity == "error" for finding in findings) and not any(map(is_sharded, model.modules())):
             try:
                 with left_as_found(model, x.device):
-                    findings.extend(Trial(model, x, y, _cross_entropy if criterion is None else criterion).findings())
+                    findings.extend(Trial(model, x, y, cross_entropy if criterion is None else criterion).findings())
             except FoundError as found:
                 findings.extend(found.findings)
     return PreflightReport(tuple(sorted(findings, key=lambda finding: finding.severity == "warning")))
-
-
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y, reduction="none")

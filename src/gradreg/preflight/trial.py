@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradreg.checks import check_labels, check_logits
+from gradreg.criteria import Criterion
 from gradreg.gradients import check_scores, input_gradient
 from gradreg.modes import random_state, replayed
 from gradreg.penalties import grad_norm
@@ -17,8 +18,6 @@ from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, 
 from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, new_nodes
 from gradreg.threat_models import Linf
 from gradreg.wrappers import is_compiled
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 _CRITERION = "the criterion"
 _MEND_FIRST = "Mend this first; it fails without a penalty too."
