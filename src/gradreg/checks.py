@@ -110,7 +110,7 @@ def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
             f"Expected class probabilities as real numbers, {found}: use y.to(logits.dtype), or y.argmax(1)."
         )
     if look and y.ndim == 1 and y.dtype == torch.int64:
-        low, high = int(y.min()), int(y.max())
+        low, high = (int(side) for side in y.aminmax())
         if low < 0 or high >= classes:
             raise ValueError(
                 f"Labels run from {low} to {high}, but the model has {classes} classes, 0 to {classes - 1}. A sample "

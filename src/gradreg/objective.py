@@ -1,5 +1,6 @@
 """The training objective: the loss that the user already has, plus penalties on input gradients."""
 
+import itertools
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -232,23 +233,15 @@ class PenalizedLoss(nn.Module):
             )
         if not isinstance(model, nn.Module):
             return
-        trained = [*model.parameters(), *self.parameters()]
-        if trained and not any(parameter.requires_grad for parameter in trained):
+        trained = itertools.chain(model.parameters(), self.parameters())
+        if not any(parameter.requires_grad for parameter in trained) and next(model.parameters(), None) is not None:
             raise RuntimeError(
                 "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
                 "trained."
             )
-        if any(is_static(module) for module in model.modules()):
-            raise RuntimeError(
-                "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
-                "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
-                "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
-            )
-        if isinstance(self.differentiation, DoubleBackward):
-            _check_sharding(model)
         if model not in _inspected.setdefault(self, weakref.WeakSet()):
+            _inspect(model, self.differentiation)
             _inspected[self].add(model)
-            _warn_of_modules(model, self.differentiation)
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
@@ -297,23 +290,26 @@ class PenalizedModel(nn.Module):
         return self.objective(self.model, x, y, t, classes=classes)
 
 
-# The models that an objective has been warned of.
+# The models that an objective has found fit to be penalised, and has warned of.
 _inspected: "weakref.WeakKeyDictionary[PenalizedLoss, weakref.WeakSet[nn.Module]]" = weakref.WeakKeyDictionary()
 
 
-def _check_sharding(model: nn.Module) -> None:
-    """Raise where FSDP frees the parameters that double backward needs again."""
-    if any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
+def _inspect(model: nn.Module, differentiation: Differentiation) -> None:
+    """Raise or warn where modules of the model make the penalty wrong, or do less than it says."""
+    exact = isinstance(differentiation, DoubleBackward)
+    if any(is_static(module) for module in model.modules()):
+        raise RuntimeError(
+            "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
+            "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
+            "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
+        )
+    if exact and any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
         raise RuntimeError(
             "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
             "again. Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every "
             "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
             "differentiation=FiniteDifference()."
         )
-
-
-def _warn_of_modules(model: nn.Module, differentiation: Differentiation) -> None:
-    """Warn where modules of the model make the penalty do less, or something else, than it says."""
     coupled = batch_norms(model)
     if coupled:
         checks.warn(
@@ -321,7 +317,7 @@ def _warn_of_modules(model: nn.Module, differentiation: Differentiation) -> None
             f"({type(coupled[0]).__name__}), so that part of a sample's input gradient is the other samples'. Set them "
             "to evaluation mode, as the thesis does, or use GroupNorm; or leave it so, knowing it."
         )
-    if not isinstance(differentiation, DoubleBackward):
+    if not exact:
         return
     if any(is_compiled(module) for module in model.modules()):
         checks.warn(

@@ -109,8 +109,8 @@ class EagerForward(Forward):
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:
-            grad = input_gradient(values * self._inner_scale, self._leaf, create_graph=create_graph)
-            grad = at_least_float32(grad) / self._inner_scale
+            grad = input_gradient(_scaled(values, self._inner_scale), self._leaf, create_graph=create_graph)
+            grad = _scaled(at_least_float32(grad), 1 / self._inner_scale)
             if self._look and _all_zero(grad):
                 checks.warn(
                     "The input gradient of every sample is exactly 0, so that the penalty trains nothing. Either the "
@@ -152,9 +152,9 @@ class TransformedForward(Forward):
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:
-            scaled = torch.func.grad(lambda logits: (score_of(logits) * self._inner_scale).sum())(self.logits)
+            scaled = torch.func.grad(lambda logits: _scaled(score_of(logits), self._inner_scale).sum())(self.logits)
             (grad,) = self._pull_back(scaled)
-            return at_least_float32(grad) / self._inner_scale
+            return _scaled(at_least_float32(grad), 1 / self._inner_scale)
 
         def at(z: Tensor) -> Tensor:
             if modes.dropouts(self._model):
@@ -168,6 +168,11 @@ class TransformedForward(Forward):
                 return score_of(self._model(z))
 
         return Score(self.x, values, gradient, at)
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    """The product, without an operation to differentiate twice where it changes nothing."""
+    return tensor if factor == 1 else tensor * factor
 
 
 def _all_zero(grad: Tensor) -> bool:
