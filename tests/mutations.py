@@ -59,7 +59,7 @@ MUTATIONS = [
         "nearest = torch.where(length(clipped).unsqueeze(1) > 1, shortened, clipped)",
         "nearest = shortened",
     ),
-    Mutation("threat_models.py", "return value[rows]", "return value"),
+    Mutation("threat_models.py", "value.shape[0] == x.shape[0]:", "False:"),
     Mutation(
         "threat_models.py",
         "largest = largest.where((largest > 0) & largest.isfinite(), 1.0)",
@@ -101,7 +101,7 @@ MUTATIONS = [
     Mutation("normalization.py", "return (x - self.mean) / self.std", "return (x - self.mean) * self.std"),
     # scoring and objective
     Mutation("scoring.py", "model(self._leaf.clone() if differentiable else self._leaf)", "model(self._leaf)"),
-    Mutation("scoring.py", "create_graph=create_graph) / self._inner_scale", "create_graph=create_graph)"),
+    Mutation("scoring.py", "grad = _scaled(at_least_float32(grad), 1 / self._inner_scale)", "pass"),
     Mutation(
         "scoring.py",
         "with modes.replayed(self._random_state, z.device), modes.frozen_statistics(self._model):",
@@ -121,7 +121,7 @@ MUTATIONS = [
         "return list(groups.items())",
         "return [(selector, [name]) for selector, group in groups.items() for name in group]",
     ),
-    Mutation("objective.py", "if is_static(model):", "if False:"),
+    Mutation("objective.py", "if any(is_static(module) for module in model.modules()):", "if False:"),
     Mutation("objective.py", "if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():", "if False:"),
     Mutation("objective.py", "checks.check_radius(threat.eps, 1.0)", "pass"),
     # attacks and modes
@@ -149,10 +149,10 @@ MUTATIONS = [
     Mutation("attacks/search.py", "(2.5 / steps)", "(2.0 / steps)"),
     Mutation(
         "attacks/search.py",
-        "losses, done = self._losses(delta)\n        self._record(losses, done, delta)\n        if done is not "
-        "None:\n            self.active",
-        "done = None\n        if done is not None:\n            self.active",
+        "        self._record(losses, done, delta)\n        if done is not None:",
+        "        if done is not None:",
     ),
+    Mutation("attacks/search.py", "self._losses(leaf.clone())", "self._losses(leaf)"),
     Mutation("modes.py", "            module.training = flag", "            module.training = True"),
     Mutation("modes.py", "                module.track_running_stats = False", "                pass"),
     Mutation("modes.py", "        _set_random_state(now, device)", "        pass"),
@@ -165,7 +165,7 @@ MUTATIONS = [
     Mutation("wrappers.py", "isinstance(module, DistributedDataParallel) and bool(module.static_graph)", "False"),
     # checks
     Mutation("checks.py", "if low < 0 or high >= classes:", "if high >= classes:"),
-    Mutation("checks.py", "if lowest < -1 or highest > 2:", "if lowest < -1:"),
+    Mutation("checks.py", "if lowest < -0.75 or highest > 2:", "if lowest < -0.75:"),
     Mutation("checks.py", "if not (math.isfinite(low) and math.isfinite(high)):", "if False:"),
 ]
 

@@ -217,6 +217,11 @@ class TestBest:
         highest = torch.stack(visited).amax(0)
         assert torch.allclose(self._wave(x_adv, torch.arange(6)), highest, atol=1e-12)
 
+    def test_the_last_point_is_visited_too(self) -> None:
+        x = torch.full((2, 3), 0.5)
+        x_adv = pgd(lambda z, rows: z.sum(1), x, Linf(0.1), steps=1, step_size=0.1, random_start=False)
+        assert torch.allclose(x_adv, x + 0.1)
+
     def test_without_it_the_last_point_is_returned_for_one_pass_less(self) -> None:
         x = torch.rand(6, 5, dtype=torch.float64)
         calls = [0]
