@@ -100,3 +100,10 @@ def test_refuses(mean: Sequence[float], std: Sequence[float], message: str) -> N
 def test_refuses_images_of_other_channels(shape: tuple[int, ...], unchecked: None) -> None:
     with pytest.raises(ValueError, match=rf"^Normalize: .*{re.escape(str(shape))}"):
         Normalize(MEAN, STD)(torch.rand(shape))
+
+
+def test_in_float64_it_has_the_numbers_given() -> None:
+    layer = Normalize([0.45, 0.1], [0.225, 0.3]).double()
+    assert layer.mean.flatten().tolist() == [0.45, 0.1]
+    assert layer.std.flatten().tolist() == [0.225, 0.3]
+    assert layer.float().std.dtype == torch.float32

@@ -143,12 +143,10 @@ class TestPublishedFormula:
             (on_channels, model, normalised),
             (on_pixels, wrapped, pixels),
         ):
-            # float32 mean and std of the layer are those of the formula only to 1e-8
-            tolerance = 1e-10 if net is model else 1e-6
             out = objective(net, x, mixed)
-            assert relative_error(out.total, expected) < tolerance
+            assert relative_error(out.total, expected) < 1e-10
             found = list(torch.autograd.grad(out.total, parameters_of(model)))
-            assert relative_error(found, expected_gradient) < tolerance
+            assert relative_error(found, expected_gradient) < 1e-10
 
 
 class TestEquivalences:

@@ -1,7 +1,7 @@
 """Normalisation as the first layer of the model, so that everything outside of it lives in pixels of [0, 1]."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -41,9 +41,20 @@ class Normalize(nn.Module):
             raise ValueError(f"Normalize: mean has {len(mean)} channels, std has {len(std)}.")
         if not all(deviation > 0 for deviation in std):
             raise ValueError(f"Normalize: every std must be above 0, got {list(std)}.")
-        for name, values in (("mean", mean), ("std", std)):
-            channels = torch.as_tensor(values, dtype=torch.float32).clone().view(-1, 1, 1)
-            self.register_buffer(name, channels, persistent=False)
+        self._values = {"mean": _as_floats(mean), "std": _as_floats(std)}
+        for name in self._values:
+            self.register_buffer(name, self._buffer(name, torch.get_default_dtype()), persistent=False)
+
+    def _buffer(self, name: str, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        return torch.tensor(self._values[name], dtype=dtype, device=device).view(-1, 1, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Normalize":
+        # A module made double after it was made in float32 has the numbers given, not their roundings to float32.
+        super()._apply(fn, recurse)
+        for name in self._values:
+            moved = getattr(self, name)
+            setattr(self, name, self._buffer(name, moved.dtype, moved.device))
+        return self
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """The normalised images."""
@@ -77,3 +88,7 @@ def with_normalization(model: nn.Module, mean: Channels, std: Channels) -> nn.Se
         tensor([[-1., -1.]])
     """
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+
+
+def _as_floats(values: Channels) -> list[float]:
+    return [float(value) for value in values]
