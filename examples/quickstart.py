@@ -216,10 +216,14 @@ def plot_input_gradients(models: dict[str, nn.Module], x: Tensor, y: Tensor, pat
         for axis, gradient in zip(column, gradients, strict=True):
             axis.imshow(gradient[0].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
         column[0].set_title(name.replace(" ", "\n"), fontsize=8)
-        column[-1].set_xlabel(f"±{limit:.2g}", fontsize=8)
+        column[-1].set_xlabel(f"±{limit:.2f}", fontsize=8)
     axes[0, 0].set_title("image", fontsize=8)
     axes[-1, 0].set_xlabel("colour range:", fontsize=8)
-    figure.suptitle("Input gradient: a brighter pixel favours the true class (blue) or another class (red)", fontsize=9)
+    figure.suptitle(
+        "Gradient of the margin: a brighter pixel favours the true class (blue) or another class (red).\n"
+        "One colour range per model, to the 99 % quantile of its gradients.",
+        fontsize=8,
+    )
     figure.savefig(path)
 
 
@@ -240,7 +244,7 @@ def plot_accuracy(results: dict[str, dict], n: int, path: Path) -> None:
     axes.text(EPS, 1, " eps of the table", color="0.4", fontsize=9)
     axes.set(
         xlabel="eps, largest change of a pixel (pixels in [0, 1])",
-        ylabel=f"accuracy under attack, % of {n} images",
+        ylabel=f"accuracy under PGD, % of {n} images",
         xticks=[0, 0.05, 0.1, 0.15, 0.2],
         ylim=(0, 100),
     )

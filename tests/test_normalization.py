@@ -107,3 +107,8 @@ def test_in_float64_it_has_the_numbers_given() -> None:
     assert layer.mean.flatten().tolist() == [0.45, 0.1]
     assert layer.std.flatten().tolist() == [0.225, 0.3]
     assert layer.float().std.dtype == torch.float32
+
+
+def test_statistics_of_bytes() -> None:
+    with pytest.raises(ValueError, match="divide both by 255"):
+        Normalize([124, 117, 104], [58, 57, 57])

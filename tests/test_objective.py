@@ -447,9 +447,10 @@ class TestBadInput:
     def _fails(
         self, error: type[Exception], match: str, model: object, x: Tensor, y: Tensor, **options: object
     ) -> None:
-        objective = PenalizedLoss(options.pop("criterion", per_sample_cross_entropy), {"p": TERMS["Linf"]}, **options)
         with pytest.raises(error, match=match):
-            objective(model, x, y)
+            PenalizedLoss(options.pop("criterion", per_sample_cross_entropy), {"p": TERMS["Linf"]}, **options)(
+                model, x, y
+            )
         if isinstance(model, nn.Module):
             assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -498,7 +499,10 @@ class TestBadInput:
         self._fails(TypeError, "Wrap the model in a module", lambda z: wrap(model(z)), *make_batch())
 
     def test_a_criterion_that_averages(self) -> None:
-        self._fails(ValueError, 'reduction="none"', make_model("conv"), *make_batch(), criterion=nn.CrossEntropyLoss())
+        reduced = nn.CrossEntropyLoss()
+        self._fails(ValueError, r'CrossEntropyLoss\(reduction="none"\)', None, *make_batch(), criterion=reduced)
+        mean = lambda logits, y: F.cross_entropy(logits, y)  # noqa: E731
+        self._fails(ValueError, 'reduction="none"', make_model("conv"), *make_batch(), criterion=mean)
 
     def test_disabled_grad(self) -> None:
         with torch.no_grad():
@@ -564,6 +568,27 @@ class TestBadInput:
         x, y = make_batch()
         with pytest.warns(GradregWarning, match="Compile the whole step"):
             _objective()(torch.compile(make_model("conv"), backend="eager"), x, y)
+
+    def test_fused_attention_is_named_before_it_raises(self) -> None:
+        torch.manual_seed(0)
+        attention = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, activation="gelu", batch_first=True)
+        model = nn.Sequential(nn.Flatten(1, 2), attention, nn.Flatten(), nn.Linear(72, CLASSES)).double()
+        x, y = make_batch()
+        with pytest.warns(GradregWarning, match="fused attention"):
+            out = _objective()(model, x, y)
+        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+            out.total.backward()
+
+    def test_a_penalty_of_the_wrong_shape_is_named(self) -> None:
+        x, y = make_batch()
+        objective = _objective(total=Term(lambda grad, x: grad.abs().sum()))
+        with pytest.raises(ValueError, match="the penalty of term 'total'"):
+            objective(make_model("conv"), x, y)
+
+    def test_arguments_in_another_order(self) -> None:
+        x, y = make_batch()
+        with pytest.raises(TypeError, match=r"order of arguments is \(model, x, y\)"):
+            _objective()(x, make_model("conv"), y)
 
     def test_what_hides_inside_a_wrapper_is_named(self) -> None:
         x, y = make_batch()

@@ -677,3 +677,9 @@ def test_radius_inside_a_transform(kind: Kind) -> None:
     assert close(torch.func.vmap(nearest)(eps, grad), each.project(grad), 1e-12)
     slopes = torch.func.vmap(torch.func.grad(largest_rise))(eps, grad)
     assert close(slopes, kind(1.0).dual_norm(grad), 1e-12)  # the dual norm is eps times that of radius 1
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_list_of_radii_is_refused_with_the_mend() -> None:
+    with pytest.raises(TypeError, match=r"torch.tensor\(\[0.1, 0.2\]\).view\(-1, 1, 1\)"):
+        Linf([0.1, 0.2])

@@ -52,6 +52,8 @@ def may_look(owner: object, x: Tensor, validate: bool) -> bool:
 
 def check_input(x: Tensor) -> None:
     """Raise unless x is a batch that a gradient can be taken in."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, not a tensor; the order of arguments is (model, x, y).")
     if not x.is_floating_point():
         raise TypeError(
             f"x is of type {x.dtype}; a gradient needs real numbers. For 8-bit images pass x.float() / 255, pixels in "

@@ -150,7 +150,8 @@ class FiniteDifference(Differentiation):
         threat = getattr(function, "threat", None) or self.threat
         if threat is None:
             raise ValueError(
-                f"FiniteDifference: {type(function).__name__} has no threat model, so the step of {self.step} has no "
-                f"unit. Give one: FiniteDifference(step={self.step}, threat=Linf(4 / 255))."
+                f"FiniteDifference: {getattr(function, '__name__', type(function).__name__)} has no threat model, so "
+                f"the step of {self.step} has no unit. Give one: FiniteDifference(step={self.step}, threat=Linf(4 / "
+                "255))."
             )
         return threat

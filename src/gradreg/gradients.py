@@ -1,14 +1,16 @@
 """The one derivative that everything here is built on: of per-sample scores with respect to the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 ScoresAt = Callable[[Tensor], Tensor]
+# TorchScript's nodes have the methods of torch.autograd.graph.Node, but are not of that type.
+Node = Any
 
 
 @final
@@ -122,9 +124,9 @@ def check_scores(scores: Tensor, x: Tensor) -> None:
     """Raise unless there is one score per sample of x."""
     if scores.ndim == 0:
         raise ValueError(
-            f"Expected one loss per sample, shape ({x.shape[0]},), got a single number: it is already averaged or "
-            "summed. "
-            'Use a criterion with reduction="none".'
+            f"Expected one loss per sample, shape ({x.shape[0]},), got a single number, averaged or summed already. "
+            'Use a criterion with reduction="none"; nn.CrossEntropyLoss has it, and takes mixup labels and '
+            "label_smoothing."
         )
     if scores.shape != x.shape[:1]:
         raise ValueError(
@@ -136,3 +138,15 @@ def check_scores(scores: Tensor, x: Tensor) -> None:
 def in_transform() -> bool:
     """Whether the code runs where requires_grad_() is not allowed: under torch.func transforms or torch.compile."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def new_nodes(roots: Iterable[Node | None], known: Container[Node]) -> list[Node]:
+    """The nodes of the graph behind the roots, up to the known ones."""
+    found: dict[Node, None] = {}
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found and node not in known:
+            found[node] = None
+            pending.extend(used for used, _ in node.next_functions)
+    return list(found)

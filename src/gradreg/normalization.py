@@ -41,6 +41,11 @@ class Normalize(nn.Module):
             raise ValueError(f"Normalize: mean has {len(mean)} channels, std has {len(std)}.")
         if not all(deviation > 0 for deviation in std):
             raise ValueError(f"Normalize: every std must be above 0, got {list(std)}.")
+        if min(_as_floats(mean)) > 1 and min(_as_floats(std)) > 1:
+            raise ValueError(
+                f"Normalize: mean {list(mean)} and std {list(std)} are in units of 0 to 255; the layer takes pixels "
+                "in [0, 1], so divide both by 255."
+            )
         self._values = {"mean": _as_floats(mean), "std": _as_floats(std)}
         for name in self._values:
             self.register_buffer(name, self._buffer(name, torch.get_default_dtype()), persistent=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradreg import checks
 from gradreg.criteria import Criterion
 from gradreg.differentiation import Differentiation, DoubleBackward, PenaltyFunction
-from gradreg.gradients import check_scores, in_transform
+from gradreg.gradients import in_transform, new_nodes
 from gradreg.modes import batch_norms
 from gradreg.normalization import Normalize
 from gradreg.schedules import Schedule
@@ -142,6 +142,12 @@ class PenalizedLoss(nn.Module):
                 "PenalizedLoss: differentiation is DoubleBackward() or FiniteDifference(0.25), got "
                 f"{differentiation!r}."
             )
+        reduction = getattr(criterion, "reduction", "none")
+        if reduction != "none":
+            raise ValueError(
+                f"PenalizedLoss: the criterion has reduction={reduction!r}; a penalty needs every sample's own loss: "
+                f'{type(criterion).__name__}(reduction="none").'
+            )
         wrong = {name: type(term).__name__ for name, term in terms.items() if not isinstance(term, Term)}
         if wrong:
             raise TypeError(f"PenalizedLoss: terms are Term(penalty, weight), got {wrong}.")
@@ -192,8 +198,7 @@ class PenalizedLoss(nn.Module):
             forward = TransformedForward(model, self.criterion, x, y, self.inner_scale)
         else:
             look = checks.may_look(self, x, self.validate)
-            if active:
-                self._check_setup(model)
+            first = bool(active) and self._check_setup(model)
             if look:
                 self._check_values(model, x, active)
             forward = EagerForward(
@@ -206,6 +211,8 @@ class PenalizedLoss(nn.Module):
                 replay=bool(active) and self.differentiation.looks_elsewhere,
                 look=look,
             )
+            if first and isinstance(self.differentiation, DoubleBackward):
+                _warn_of_fused_attention(forward.logits)
         total = loss_weight * forward.losses
         penalties: dict[str, Tensor] = {}
         for selector, group in self._names_by_score:
@@ -215,7 +222,11 @@ class PenalizedLoss(nn.Module):
             functions = [self.terms[name].penalty for name in names]
             values = self.differentiation.penalties(forward.score(selector, classes), functions)
             for name, value in zip(names, values, strict=True):
-                check_scores(value, x)
+                if value.shape != x.shape[:1]:
+                    raise ValueError(
+                        f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(value.shape)}; expected "
+                        f"one number per sample, ({len(x)},). Reduce it over all dimensions but the first."
+                    )
                 penalties[name] = value
                 total = total + weights[name] * value
         return PenalizedOutput(total.mean(), forward.losses.mean(), forward.logits, penalties)
@@ -224,24 +235,30 @@ class PenalizedLoss(nn.Module):
         """The settings, for ``repr``."""
         return f"terms={self.terms}, loss_weight={self.loss_weight}, differentiation={self.differentiation}"
 
-    def _check_setup(self, model: Model) -> None:
-        """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps."""
+    def _check_setup(self, model: Model) -> bool:
+        """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps.
+
+        Returns:
+            Whether this is the objective's first meeting with the model.
+        """
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             raise RuntimeError(
                 "PenalizedLoss: grad is disabled, and a penalty needs it. Leave torch.no_grad() or "
                 "torch.inference_mode() out, or for a validation loss call the criterion alone."
             )
         if not isinstance(model, nn.Module):
-            return
+            return False
         trained = itertools.chain(model.parameters(), self.parameters())
         if not any(parameter.requires_grad for parameter in trained) and next(model.parameters(), None) is not None:
             raise RuntimeError(
                 "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
                 "trained."
             )
-        if model not in _inspected.setdefault(self, weakref.WeakSet()):
-            _inspect(model, self.differentiation)
-            _inspected[self].add(model)
+        if model in _inspected.setdefault(self, weakref.WeakSet()):
+            return False
+        _inspect(model, self.differentiation)
+        _inspected[self].add(model)
+        return True
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
@@ -331,6 +348,17 @@ def _inspect(model: nn.Module, differentiation: Differentiation) -> None:
             f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
             f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
             "collapse; train smoothify(model) instead."
+        )
+
+
+def _warn_of_fused_attention(logits: Tensor) -> None:
+    """Warn if the graph of the logits has an attention kernel: total.backward() will raise there, without a mend."""
+    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
+        checks.warn(
+            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
+            "will raise. Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), set "
+            "module.fused_attn = False in a timm model, or use differentiation=FiniteDifference(); "
+            "gradreg.preflight(model, x, y) names the modules."
         )
 
 

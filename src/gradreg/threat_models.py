@@ -49,6 +49,11 @@ class ThreatModel(ABC):
                 )
             if self.eps.device.type == "cpu" and not _transformed(self.eps):
                 self._check_range(bool(torch.isfinite(self.eps).all() and (self.eps >= 0).all()))
+        elif isinstance(self.eps, Sequence):
+            raise TypeError(
+                f"{name}: eps is a number or a tensor, got {type(self.eps).__name__}. For one radius per channel give "
+                f"torch.tensor({self.eps}).view(-1, 1, 1)."
+            )
         else:
             self._check_range(math.isfinite(self.eps) and self.eps >= 0)
 

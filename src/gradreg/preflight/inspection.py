@@ -88,7 +88,9 @@ def _inspect_activations(model: nn.Module) -> Iterator[Finding]:
             "warning",
             join(site.name for site in alike),
             f"{kinds} is not smooth: {reason}.",
-            "Train smoothify(model); its report names what has no smooth twin.",
+            "Train smoothify(model)."
+            if any(site.flat for site in alike)
+            else "It may stay: it is milder than a ReLU. smoothify replaces the activations among these.",
         )
 
 

@@ -1,19 +1,17 @@
 """Who made which node of an autograd graph: a forward pass traced by hooks at the modules' entries and exits."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from gradreg.gradients import Node, new_nodes
 from gradreg.wrappers import is_compiled
-
-# TorchScript's nodes have the methods of torch.autograd.graph.Node, but are not of that type.
-Node = Any
 
 # Nodes that raise when a backward pass reaches them: operations without a derivative, or differentiable only once.
 BARRIERS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
@@ -165,18 +163,6 @@ class Trace:
 
     def _finite(self, tensors: Iterable[Tensor]) -> bool:
         return not self._look or all(all_finite(tensor) for tensor in tensors)
-
-
-def new_nodes(roots: Iterable[Node | None], known: Container[Node]) -> list[Node]:
-    """The nodes of the graph behind the roots, up to the known ones."""
-    found: dict[Node, None] = {}
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in found and node not in known:
-            found[node] = None
-            pending.extend(used for used, _ in node.next_functions)
-    return list(found)
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:

@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradreg.checks import check_labels, check_logits
 from gradreg.criteria import Criterion
-from gradreg.gradients import check_scores, input_gradient
+from gradreg.gradients import check_scores, input_gradient, new_nodes
 from gradreg.modes import random_state, replayed
 from gradreg.penalties import grad_norm
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, complaint_of, failure, join, modules_of
-from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, new_nodes
+from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero
 from gradreg.threat_models import Linf
 from gradreg.wrappers import is_compiled
 
