@@ -85,7 +85,7 @@ def dropouts(model: object) -> list[nn.Module]:
 
 
 def _drop_rate(module: nn.Module) -> float:
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return float(module.dropout)
     if isinstance(module, _DropoutNd) or type(module).__name__ in _RANDOM_DEPTH:
         return float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
