@@ -41,7 +41,7 @@ def double_backward_works(model: nn.Module, x: Tensor, y: Tensor) -> bool:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # else the gradients stay with the unsharded parameters
-    except Exception:
+    except Exception:  # whatever it raises, double backward did not work
         return False
     finally:
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

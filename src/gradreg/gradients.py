@@ -120,6 +120,11 @@ def with_pull_back(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
     return value, pull_back
 
 
+def outside_inference_mode(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made under inference_mode, which forbids to save it for a backward pass."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def check_scores(scores: Tensor, x: Tensor) -> None:
     """Raise unless there is one score per sample of x."""
     if scores.ndim == 0:

@@ -53,8 +53,7 @@ def frozen_statistics(model: object) -> Iterator[None]:
     Args:
         model: A module. Anything else (a function) hides its modules and is left alone.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    norms = [m for m in modules if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    norms = [m for m in _modules(model) if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     momenta = [module.momentum for module in norms]
     try:
         for module in norms:
@@ -71,17 +70,18 @@ def frozen_statistics(model: object) -> Iterator[None]:
 
 def batch_norms(model: object) -> list[_BatchNorm]:
     """The layers that normalise with the statistics of the batch at hand, and so let its samples see each other."""
-    if not isinstance(model, nn.Module):
-        return []
-    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    found = [module for module in _modules(model) if isinstance(module, _BatchNorm)]
     return [module for module in found if module.training or module.running_mean is None]
 
 
 def dropouts(model: object) -> list[nn.Module]:
     """The layers that drop something at random: dropout in training mode, and stochastic depth by its usual names."""
-    if not isinstance(model, nn.Module):
-        return []
-    return [module for module in model.modules() if module.training and _drop_rate(module) > 0]
+    return [module for module in _modules(model) if module.training and _drop_rate(module) > 0]
+
+
+def _modules(model: object) -> list[nn.Module]:
+    """The modules of a model; none of a function, which hides them."""
+    return list(model.modules()) if isinstance(model, nn.Module) else []
 
 
 def _drop_rate(module: nn.Module) -> float:

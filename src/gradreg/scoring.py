@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradreg import checks, modes
 from gradreg.criteria import Criterion
-from gradreg.gradients import Score, check_scores, input_gradient, with_pull_back
+from gradreg.gradients import Score, check_scores, input_gradient, outside_inference_mode, with_pull_back
 from gradreg.selectors import ClassSelector, class_scores
 from gradreg.threat_models import at_least_float32
 
@@ -95,9 +95,8 @@ class EagerForward(Forward):
                 "x carries a graph, which a penalty on its gradient would cut. Make what computes x a part of the "
                 "model, or pass x.detach() if nothing before it is to be trained."
             )
-        # Tensors made under inference_mode cannot be saved for a backward pass; copies made outside of it can.
-        self.x = x.clone() if x.is_inference() else x.detach()
-        self.y = y.clone() if y.is_inference() else y
+        self.x = outside_inference_mode(x).detach()
+        self.y = outside_inference_mode(y)
         self._model = model
         self._criterion = criterion
         self._inner_scale = inner_scale

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradreg import checks, modes
 from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds, Search, check_attackable, noise_for, pgd
 from gradreg.criteria import Criterion, cross_entropy
+from gradreg.gradients import outside_inference_mode
 from gradreg.threat_models import Eps, ThreatModel
 
 
@@ -31,8 +32,7 @@ class Attack(ABC):
         out_of_bounds: ``"check"`` or ``"clamp"``, see :func:`pgd`.
         mode: ``"keep"`` attacks the model in the mode it is in, with a warning if that is BatchNorm or dropout in
             training mode, which make the gradients of a batch depend on each other or on chance. ``"eval"`` attacks it
-            in evaluation mode and then gives every module its own mode back.
-        seed: See :func:`pgd`.
+            in evaluation mode and then gives every module its own mode back; the model must then be an ``nn.Module``.
     """
 
     threat: ThreatModel
@@ -76,7 +76,7 @@ class Attack(ABC):
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            y = (y.clone() if y.is_inference() else y).to(x.device)
+            y = outside_inference_mode(y).to(x.device)
             return self._perturb(self._losses_at(model, y, checks.may_look(self, x, validate=False)), x, index)
 
     @abstractmethod

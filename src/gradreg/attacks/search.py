@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradreg import checks
-from gradreg.gradients import check_scores, in_transform
+from gradreg.gradients import check_scores, in_transform, outside_inference_mode
 from gradreg.threat_models import Box, Eps, Linf, ThreatModel, rows_of
 
 LossesAt = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -120,8 +120,7 @@ class Search:
     def __init__(
         self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, best: bool, look: bool
     ) -> None:
-        # Tensors made under inference_mode cannot be saved for a backward pass; copies made outside of it can.
-        self.x = x.clone() if x.is_inference() else x.detach()
+        self.x = outside_inference_mode(x).detach()
         self.losses_at = losses_at
         self.threat = threat
         self.bounds = None if bounds is None else _bounds_like(self.x, bounds)

@@ -106,6 +106,7 @@ def operation_of(kind: type) -> str | None:
     """The operation that a class of modules computes; None if it is not in the table, or has a forward of its own."""
     if kind.__module__.startswith("timm.") and (gate := _TIMM_GATES.get(kind.__name__.removesuffix("Me"))):
         return gate
+    # What stands in the table is a module, and so is a class derived from it: both have a forward.
     bases = (base for base in kind.__mro__ if base in _MODULES and kind.forward is base.forward)  # type: ignore[attr-defined]
     return next((_MODULES[base] for base in bases), None)
 
