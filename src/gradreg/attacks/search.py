@@ -132,8 +132,7 @@ class Search:
 
     def run(self, start: Tensor, steps: int, step_size: Eps) -> None:
         """One start: ascend from the active samples' rows of ``start``, which has one for each sample of the batch."""
-        box = self._box()
-        threat, stride = self.threat.rows(self.active, self.x), self._stride(step_size)
+        threat, stride, box = self._geometry(step_size)
         delta = threat.project(start[self.active], box)
         for _ in range(steps):
             losses, done, grad = self._ascent_direction(delta)
@@ -141,8 +140,7 @@ class Search:
             if done is not None and bool(done.any()):
                 delta, grad = delta[~done], grad[~done]
                 self.active = self.active[~done]
-                box = self._box()
-                threat, stride = self.threat.rows(self.active, self.x), self._stride(step_size)
+                threat, stride, box = self._geometry(step_size)
             if not self.active.numel():
                 return
             delta = threat.project(delta + stride.ascent(grad, delta, box), box)
@@ -150,7 +148,7 @@ class Search:
             self.delta[self.active] = delta
             return
         with torch.no_grad():
-            losses, done = self._losses(self._inside(self.x[self.active] + delta, self.active))
+            losses, done = self._losses(self._point(delta))
         self._record(losses, done, delta)
         if done is not None:
             self.active = self.active[~done]
@@ -164,7 +162,7 @@ class Search:
 
         The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
         """
-        leaf = self._inside(self.x[self.active] + delta, self.active).requires_grad_()
+        leaf = self._point(delta).requires_grad_()
         losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place
         if not losses.requires_grad:
             raise RuntimeError(
@@ -213,9 +211,14 @@ class Search:
         self.highest[rows] = torch.where(better, losses, self.highest[rows])
         self.delta[rows] = torch.where(better.view(-1, *[1] * (delta.ndim - 1)), delta, self.delta[rows])
 
-    def _stride(self, step_size: Eps) -> ThreatModel:
-        """The ball whose maximiser is a step, for the active samples."""
-        return self.threat.with_eps(rows_of(step_size, self.active, self.x))
+    def _geometry(self, step_size: Eps) -> tuple[ThreatModel, ThreatModel, Box | None]:
+        """Of the active samples: their ball, the ball whose maximiser is a step, and how far they may move."""
+        stride = self.threat.with_eps(rows_of(step_size, self.active, self.x))
+        return self.threat.rows(self.active, self.x), stride, self._box()
+
+    def _point(self, delta: Tensor) -> Tensor:
+        """The active samples, perturbed."""
+        return self._inside(self.x[self.active] + delta, self.active)
 
     def _box(self) -> Box | None:
         """How far the active samples may move within the bounds; a pixel outside of them, not further out."""
