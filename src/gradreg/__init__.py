@@ -1,7 +1,18 @@
 """Input-gradient regularisation for PyTorch: adversarial robustness from clean images, in any training loop."""
 
-from gradreg.attacks import FGSM, NFGSM, Attack, PGDAttack, pgd
+from gradreg.attacks import (
+    FGSM,
+    NFGSM,
+    APGDAttack,
+    Attack,
+    IteratedAttack,
+    PGDAttack,
+    TargetedAPGDAttack,
+    apgd,
+    pgd,
+)
 from gradreg.checks import GradregWarning
+from gradreg.criteria import cross_entropy, dlr, kl_divergence, margin, targeted_dlr
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.edges import contour_energy, oriented_energy
 from gradreg.gradients import Score, input_gradient, input_gradient_of
@@ -19,6 +30,7 @@ __all__ = [
     "L1",
     "L2",
     "NFGSM",
+    "APGDAttack",
     "Attack",
     "ClassSelector",
     "Differentiation",
@@ -28,6 +40,7 @@ __all__ = [
     "FiniteDifference",
     "GradNormPenalty",
     "GradregWarning",
+    "IteratedAttack",
     "Linf",
     "NonSmooth",
     "Normalize",
@@ -40,25 +53,32 @@ __all__ = [
     "Schedule",
     "Score",
     "SmoothReport",
+    "TargetedAPGDAttack",
     "Term",
     "ThreatModel",
+    "apgd",
     "class_scores",
     "constant",
     "contour_energy",
     "cosine_ramp",
+    "cross_entropy",
+    "dlr",
     "edge_alignment",
     "find_nonsmooth",
     "grad_norm",
     "input_gradient",
     "input_gradient_of",
     "join",
+    "kl_divergence",
     "linear_ramp",
+    "margin",
     "oriented_energy",
     "pgd",
     "predicted_class",
     "preflight",
     "sampled_class",
     "smoothify",
+    "targeted_dlr",
     "true_class",
     "with_normalization",
 ]

@@ -19,8 +19,8 @@ class GradregWarning(UserWarning):
     """Something that trains or attacks without an error, but hardly as intended."""
 
 
-# Whose frames a warning passes by: this library, PyTorch, and the checks of annotations.
-_NOT_THE_USERS = ("gradreg", "torch", "jaxtyping")
+# Whose frames a warning passes by: this library, PyTorch, the checks of annotations, and context managers.
+_NOT_THE_USERS = ("gradreg", "torch", "jaxtyping", "contextlib")
 
 
 def warn(message: str) -> None:

@@ -109,7 +109,7 @@ class ThreatModel(ABC):
         """The ball of the same norm with another radius."""
         return type(self)(eps)
 
-    def scaled(self, factor: float) -> "ThreatModel":
+    def scaled(self, factor: Eps) -> "ThreatModel":
         """The ball of the same norm, its radius multiplied by factor."""
         return self.with_eps(self.eps * factor)
 
@@ -250,7 +250,8 @@ class L1(ThreatModel):
     l1-APGD for Sparse Adversarial Attacks on Image Classifiers", ICML 2021).
 
     Attributes:
-        density: Fraction of the coordinates over which an attack step is spread, at least one.
+        density: Fraction of the coordinates over which an attack step is spread, at least one; a tensor ``(B,)`` for
+            one per sample.
 
     Example:
         >>> threat = L1(eps=0.5)
@@ -260,11 +261,11 @@ class L1(ThreatModel):
         tensor([[ 0.0000, -0.5000]])
     """
 
-    density: float = 0.05
+    density: float | Tensor = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.density <= 1:
+        if not isinstance(self.density, Tensor) and not 0 < self.density <= 1:
             raise ValueError(f"L1: density is a fraction of the coordinates in (0, 1], got {self.density}.")
 
     def with_eps(self, eps: Eps) -> "L1":
@@ -284,7 +285,9 @@ class L1(ThreatModel):
         self, grad: Float[Tensor, "B *x"], delta: Float[Tensor, "B *x"], box: Box | None = None
     ) -> Float[Tensor, "B *x"]:
         scaled = _samples(self._stretch(at_least_float32(grad)))
-        capacity = torch.full_like(scaled, 1 / max(1, round(self.density * scaled.shape[1])))
+        share = torch.as_tensor(self.density, dtype=torch.float64, device=scaled.device)
+        moving = (share * scaled.shape[1]).round().clamp(min=1)
+        capacity = moving.reciprocal().view(-1, 1).to(scaled.dtype).expand_as(scaled)
         if box is not None:
             low, high = (_samples(self._shrink(side.expand_as(delta) - delta)) for side in box)
             capacity = torch.minimum(capacity, torch.where(scaled < 0, -low, high).clamp(min=0.0))

@@ -1,7 +1,7 @@
 """Projected gradient ascent for a function of perturbed inputs, whatever that function is."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -80,45 +80,35 @@ def pgd(
         >>> pgd(lambda z, rows: (z * slope).sum(1), torch.full((1, 2), 0.5), Linf(0.1), steps=5)
         tensor([[0.6000, 0.4000]])
     """
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"pgd: steps and restarts must be at least 1, got {steps} and {restarts}.")
-    if restarts > 1 and not (best and random_start):
-        raise ValueError(
-            "pgd: several restarts need best=True, to choose among them, and random_start=True, to differ."
-        )
-    if index is not None and (seed is None or index.shape != x.shape[:1]):
-        raise ValueError(
-            f"pgd: index holds one position per sample, shape ({len(x)},), for the noise of a seed; got shape "
-            f"{tuple(index.shape)} and seed={seed}."
-        )
-    if start is not None and (start.shape, start.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"pgd: start is a perturbation of x, {x.dtype} of shape {tuple(x.shape)}; got {start.dtype} of shape "
-            f"{tuple(start.shape)}."
-        )
+    check_search("pgd", x, steps=steps, restarts=restarts, best=best, random_start=random_start, seed=seed, index=index)
     look = checks.may_look(pgd, x, validate=False)
     check_attackable(x, threat, bounds, out_of_bounds, look)
     with torch.inference_mode(False), torch.enable_grad():
-        search = Search(losses_at, x, threat, bounds, best, look)
+        search = Search(losses_at, x, threat, bounds, best=best, look=look)
         step_size = threat.eps * (2.5 / steps) if step_size is None else step_size
-        for restart in range(restarts):
-            if restart == 0 and start is not None:
-                delta = start.detach()
-            elif random_start:
-                delta = noise_for(search.x, threat, seed, index, restart, search.active)
-            else:
-                delta = torch.zeros_like(search.x)
+        for delta in search.starts(restarts, start=start, random_start=random_start, seed=seed, index=index):
             search.run(delta, steps, step_size)
-            if not search.active.numel():
-                break
         return search.result()
 
 
 class Search:
-    """The state of one attack on one batch: who is still in play, and every sample's perturbation to return."""
+    """The state of one attack on one batch: who is still in play, and every sample's perturbation to return.
+
+    Attributes:
+        x: The clean batch.
+        losses_at: The function to ascend.
+        threat: The perturbations allowed.
+        bounds: Lowest and highest value of an input, as tensors.
+        best: Whether the highest point of all is to be returned, or the last one.
+        look: Whether the values of the next gradient may be looked at.
+        active: The samples still in play; what has one row for each of them is said to be of the active samples.
+        delta: Every sample's perturbation to return.
+        highest: Every sample's loss there, as far as ``best`` needs it.
+        done: The samples that left because ``losses_at`` said so.
+    """
 
     def __init__(
-        self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, best: bool, look: bool
+        self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, *, best: bool, look: bool
     ) -> None:
         self.x = outside_inference_mode(x).detach()
         self.losses_at = losses_at
@@ -129,36 +119,46 @@ class Search:
         self.active = torch.arange(x.shape[0], device=x.device)
         self.delta = torch.zeros_like(self.x)
         self.highest = self.x.new_full(x.shape[:1], -torch.inf)
+        self.done = self.active < 0
+        self._settle()
 
-    def run(self, start: Tensor, steps: int, step_size: Eps) -> None:
-        """One start: ascend from the active samples' rows of ``start``, which has one for each sample of the batch."""
-        threat, stride, box = self._geometry(step_size)
-        delta = threat.project(start[self.active], box)
-        for _ in range(steps):
-            losses, done, grad = self._ascent_direction(delta)
-            self._record(losses, done, delta)
-            if done is not None and bool(done.any()):
-                delta, grad = delta[~done], grad[~done]
-                self.active = self.active[~done]
-                threat, stride, box = self._geometry(step_size)
+    def starts(
+        self, restarts: int, *, start: Tensor | None, random_start: bool, seed: int | None, index: Tensor | None
+    ) -> Iterator[Tensor]:
+        """Where to start, one after the other while somebody is in play: a row for each sample of the batch."""
+        if start is not None and (start.shape, start.dtype) != (self.x.shape, self.x.dtype):
+            raise ValueError(
+                f"start is a perturbation of x, {self.x.dtype} of shape {tuple(self.x.shape)}; got {start.dtype} of "
+                f"shape {tuple(start.shape)}."
+            )
+        for restart in range(restarts):
             if not self.active.numel():
                 return
-            delta = threat.project(delta + stride.ascent(grad, delta, box), box)
-        if not self.best:
-            self.delta[self.active] = delta
-            return
-        with torch.no_grad():
-            losses, done = self._losses(self._point(delta))
-        self._record(losses, done, delta)
-        if done is not None:
-            self.active = self.active[~done]
+            if restart == 0 and start is not None:
+                yield start.detach()
+            elif random_start:
+                yield noise_for(self.x, self.threat, seed, index, restart, self.active)
+            else:
+                yield torch.zeros_like(self.x)
 
-    def result(self) -> Tensor:
-        """The perturbed batch."""
-        return self._inside(self.x + self.delta, slice(None))
+    def run(self, start: Tensor, steps: int, step_size: Eps) -> None:
+        """One start: steps of one length, from the active samples' rows of ``start``."""
+        delta = self.enter(start)
+        for _ in range(steps):
+            losses, done, grad = self.slope(delta)
+            self.record(losses, done, delta)
+            delta, grad = self.leave(done, delta, grad)
+            if not self.active.numel():
+                return
+            delta = self.step(delta, grad, self.threat.with_eps(rows_of(step_size, self.active, self.x)))
+        self.finish(delta)
 
-    def _ascent_direction(self, delta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Losses at the perturbations, who is done, and the gradient.
+    def enter(self, start: Tensor) -> Tensor:
+        """The active samples' rows of ``start``, inside their balls and boxes."""
+        return self._ball.project(start[self.active], self._box)
+
+    def slope(self, delta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Losses of the active samples at their perturbations, who of them is done, and the gradient.
 
         The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
         """
@@ -175,18 +175,75 @@ class Search:
             self.look = False
         return losses.detach(), done, grad
 
-    def _check_ascent(self, losses: Tensor, grad: Tensor) -> None:
-        if bool(losses.isnan().any()):
-            raise RuntimeError(
-                f"pgd: the losses of {int(losses.isnan().sum())} samples are NaN, so that there is nothing to ascend. "
-                "Look at the model's logits on clean inputs."
-            )
-        if not bool(grad.any()):
-            checks.warn(
-                "The gradient of every sample is exactly 0, so that this attack does nothing. Either the loss is "
-                "saturated (ascend a margin of logits instead of cross-entropy), or something before the first layer "
-                "has no slope (rounding, quantising: give it a straight-through gradient)."
-            )
+    def step(self, delta: Tensor, grad: Tensor, stride: ThreatModel) -> Tensor:
+        """The active samples' next perturbations: further up by the ascent of ``stride``."""
+        return self._ball.project(delta + stride.ascent(grad, delta, self._box), self._box)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The active samples' perturbations, brought back into their balls and boxes."""
+        return self._ball.project(delta, self._box)
+
+    def leave(self, done: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Take those who are done out of play; returns the tensors' rows of the others."""
+        if done is None or not bool(done.any()):
+            return tensors
+        self.done[self.active[done]] = True
+        self.retire(done)
+        return tuple(tensor[~done] for tensor in tensors)
+
+    def retire(self, gone: Tensor) -> None:
+        """Take active samples out of play."""
+        self.active = self.active[~gone]
+        self._settle()
+
+    def in_units(self, length: Tensor) -> Tensor:
+        """A length for each active sample, given in radii, in the units of eps."""
+        eps = self._ball.eps
+        return length.view(-1, *[1] * (self.x.ndim - 1)) * (eps.to(length) if isinstance(eps, Tensor) else eps)
+
+    def record(self, losses: Tensor, done: Tensor | None, delta: Tensor) -> None:
+        """Keep the points that beat all before; one that is done beats any."""
+        if not self.best and (done is None or not bool(done.any())):
+            return
+        rows, losses = self.active, losses.to(self.highest.dtype)
+        better = losses > self.highest[rows] if self.best else torch.zeros_like(losses, dtype=torch.bool)
+        if done is not None:
+            better = better | done
+        # By where and not by boolean indices, which would wait for the device.
+        self.highest[rows] = torch.where(better, losses, self.highest[rows])
+        self.delta[rows] = torch.where(better.view(-1, *[1] * (delta.ndim - 1)), delta, self.delta[rows])
+
+    def finish(self, delta: Tensor) -> None:
+        """The last points of a start: one more forward pass to score them, or nothing but to return them."""
+        if not self.best:
+            self.delta[self.active] = delta
+            return
+        with torch.no_grad():
+            losses, done = self._losses(self._point(delta))
+        self.record(losses, done, delta)
+        self.leave(done)
+
+    def result(self) -> Tensor:
+        """The perturbed batch."""
+        z = self.x + self.delta
+        return z if self.bounds is None else z.clamp(*self.bounds)
+
+    def _settle(self) -> None:
+        """What depends on who is in play: their inputs, their balls, and how far they may move."""
+        rows = self.active
+        self._x = self.x[rows]
+        self._ball = self.threat.rows(rows, self.x)
+        if self.bounds is None:
+            self._sides, self._box = None, None
+            return
+        low, high = self._sides = (rows_of(self.bounds[0], rows, self.x), rows_of(self.bounds[1], rows, self.x))
+        # A pixel outside of its bounds moves no further out.
+        self._box = (low - self._x).clamp(max=0.0), (high - self._x).clamp(min=0.0)
+
+    def _point(self, delta: Tensor) -> Tensor:
+        """The active samples, perturbed, and clamped: rounding, or an x outside of its bounds, may have left them."""
+        z = self._x + delta
+        return z if self._sides is None else z.clamp_(*self._sides)
 
     def _losses(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.losses_at(z, self.active)
@@ -199,41 +256,18 @@ class Search:
             )
         return losses, done
 
-    def _record(self, losses: Tensor, done: Tensor | None, delta: Tensor) -> None:
-        """Keep the points that beat all before; one that is done beats any."""
-        if not self.best and done is None:
-            return
-        rows, losses = self.active, losses.to(self.highest.dtype)
-        better = losses > self.highest[rows] if self.best else torch.zeros_like(losses, dtype=torch.bool)
-        if done is not None:
-            better = better | done
-        # By where and not by boolean indices, which would wait for the device.
-        self.highest[rows] = torch.where(better, losses, self.highest[rows])
-        self.delta[rows] = torch.where(better.view(-1, *[1] * (delta.ndim - 1)), delta, self.delta[rows])
-
-    def _geometry(self, step_size: Eps) -> tuple[ThreatModel, ThreatModel, Box | None]:
-        """Of the active samples: their ball, the ball whose maximiser is a step, and how far they may move."""
-        stride = self.threat.with_eps(rows_of(step_size, self.active, self.x))
-        return self.threat.rows(self.active, self.x), stride, self._box()
-
-    def _point(self, delta: Tensor) -> Tensor:
-        """The active samples, perturbed."""
-        return self._inside(self.x[self.active] + delta, self.active)
-
-    def _box(self) -> Box | None:
-        """How far the active samples may move within the bounds; a pixel outside of them, not further out."""
-        if self.bounds is None:
-            return None
-        x = self.x[self.active]
-        low, high = (rows_of(side, self.active, self.x) for side in self.bounds)
-        return (low - x).clamp(max=0.0), (high - x).clamp(min=0.0)
-
-    def _inside(self, z: Tensor, rows: Tensor | slice) -> Tensor:
-        """The inputs, clamped to the bounds: rounding, or an x outside of them, may have left them."""
-        if self.bounds is None:
-            return z
-        low, high = (side if isinstance(rows, slice) else rows_of(side, rows, self.x) for side in self.bounds)
-        return z.clamp(low, high)
+    def _check_ascent(self, losses: Tensor, grad: Tensor) -> None:
+        if bool(losses.isnan().any()):
+            raise RuntimeError(
+                f"pgd: the losses of {int(losses.isnan().sum())} samples are NaN, so that there is nothing to ascend. "
+                "Look at the model's logits on clean inputs."
+            )
+        if not bool(grad.any()):
+            checks.warn(
+                "The gradient of every sample is exactly 0, so that this attack does nothing. Either the loss is "
+                "saturated (ascend a margin of logits instead of cross-entropy), or something before the first layer "
+                "has no slope (rounding, quantising: give it a straight-through gradient)."
+            )
 
 
 def noise_for(
@@ -251,6 +285,31 @@ def noise_for(
         # Drawn on the CPU one by one: the same numbers on every device and in every batch.
         noise[row] = threat.rows([row], x).sample_like(x[row : row + 1].cpu(), generator)[0]
     return noise
+
+
+def check_search(
+    name: str,
+    x: Tensor,
+    *,
+    steps: int,
+    restarts: int,
+    best: bool,
+    random_start: bool,
+    seed: int | None,
+    index: Tensor | None,
+) -> None:
+    """Raise unless the arguments of an iterated attack fit each other."""
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"{name}: steps and restarts must be at least 1, got {steps} and {restarts}.")
+    if restarts > 1 and not (best and random_start):
+        raise ValueError(
+            f"{name}: several restarts need best=True, to choose among them, and random_start=True, to differ."
+        )
+    if index is not None and (seed is None or index.shape != x.shape[:1]):
+        raise ValueError(
+            f"{name}: index holds one position per sample, shape ({len(x)},), for the noise of a seed; got shape "
+            f"{tuple(index.shape)} and seed={seed}."
+        )
 
 
 def _bounds_like(x: Tensor, bounds: Bounds) -> Box:

@@ -1,0 +1,154 @@
+"""What an attack on a model with labels is: a frozen configuration."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradreg import checks, modes
+from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds
+from gradreg.criteria import Criterion, cross_entropy
+from gradreg.gradients import outside_inference_mode
+from gradreg.threat_models import Eps, ThreatModel
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Attack(ABC):
+    """A configuration that turns a batch into a perturbed batch: ``attack(model, x, y) -> x_adv``.
+
+    It stores no model and has no state. No parameter's ``.grad``, no running statistic and no module's mode is changed
+    (a model given as a function hides its modules: give an ``nn.Module`` where there is one).
+
+    Attributes:
+        threat: The perturbations allowed, in the units of x.
+        bounds: Lowest and highest value of an input; None for no bounds.
+        out_of_bounds: ``"check"`` or ``"clamp"``, see :func:`pgd`.
+        mode: ``"keep"`` attacks the model in the mode it is in, with a warning if that is BatchNorm or dropout in
+            training mode, which make the gradients of a batch depend on each other or on chance. ``"eval"`` attacks it
+            in evaluation mode and then gives every module its own mode back; the model must then be an ``nn.Module``.
+    """
+
+    uses_gradients: ClassVar[bool] = True
+
+    threat: ThreatModel
+    bounds: Bounds | None = field(default=(0.0, 1.0), kw_only=True)
+    out_of_bounds: OutOfBounds = field(default="check", kw_only=True)
+    mode: Literal["keep", "eval"] = field(default="keep", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, ThreatModel):
+            raise TypeError(
+                f"{type(self).__name__}: expected a threat model such as Linf(8 / 255), got "
+                f"{type(self.threat).__name__}. The model is given when the attack is called: attack(model, x, y)."
+            )
+        if self.mode not in ("keep", "eval"):
+            raise ValueError(f'{type(self).__name__}: mode is "keep" or "eval", got {self.mode!r}.')
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What a table calls it."""
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:
+        """Perturb a batch.
+
+        Args:
+            model: Any function from x to logits.
+            x: Clean inputs ``(B, ...)``, float32 or float64.
+            y: Labels as the attack's loss takes them; the classes to reach if targeted.
+            index: With a seed, the position of each sample in its data set.
+
+        Returns:
+            The perturbed inputs, detached.
+
+        Raises:
+            ValueError: If x lies outside of the bounds or is not finite, eps is in another unit, or labels do not fit.
+            TypeError: If x is in half precision, the model returns no tensor, or it is no module for ``mode="eval"``.
+            RuntimeError: If the losses are NaN or do not depend on the input, or inside a transform.
+        """
+        with self._ready(model):
+            return self._perturb(model, x, outside_inference_mode(y).to(x.device), index)
+
+    def for_evaluation(self, seed: int) -> "Attack":
+        """The attack as an evaluation runs it, which scores the result itself: noise from ``seed`` if it has no other.
+
+        Args:
+            seed: Makes noise a function of seed and sample.
+        """
+        return self
+
+    def scaled(self, factor: Eps) -> "Attack":
+        """The same attack on a ball ``factor`` times as large, with steps as much longer."""
+        return replace(self, threat=self.threat.scaled(factor))
+
+    @abstractmethod
+    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+        """The attack itself."""
+
+    @contextmanager
+    def _ready(self, model: object) -> Iterator[None]:
+        """The model in the mode to attack it in, nothing of it moving, and grad enabled."""
+        with self._mode(model), modes.frozen_statistics(model), torch.inference_mode(False), torch.enable_grad():
+            yield
+
+    def _mode(self, model: object) -> AbstractContextManager[None]:
+        if self.mode == "eval":
+            return modes.evaluating(model)
+        norms = [module for module in modes.batch_norms(model) if module.training]
+        for modules, effect in (
+            (norms, "the gradient of a sample depends on the other samples of its batch"),
+            (modes.dropouts(model), "every step sees another model"),
+        ):
+            if modules:
+                checks.warn(
+                    f"{type(self).__name__}: {type(modules[0]).__name__} is in training mode, so that {effect}. "
+                    'Attack in evaluation mode with mode="eval", or call model.eval() first.'
+                )
+        return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class LossAttack(Attack):
+    """An attack that raises a loss of the model's logits.
+
+    Attributes:
+        criterion: Per-sample loss ``(logits, y) -> (B,)`` to raise. Labels may be classes or probabilities wherever it
+            takes them. Default: cross-entropy.
+        targeted: Whether y are classes to reach: the loss is then lowered.
+    """
+
+    criterion: Criterion = field(default=cross_entropy, kw_only=True)
+    targeted: bool = field(default=False, kw_only=True)
+
+    def _losses_at(self, model: Model, x: Tensor, y: Tensor) -> LossesAt:
+        """The function to ascend; looks at the labels' values once, if at all."""
+        look = checks.may_look(self, x, validate=False)
+
+        def losses_at(z: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            nonlocal look
+            logits, labels = model(z), y[rows]
+            checks.check_logits(logits)
+            checks.check_labels(logits, labels, look=look)
+            look = False
+            losses = self.criterion(logits, labels)
+            done = self._done(logits.detach(), labels)
+            losses = -losses if self.targeted else losses
+            return losses if done is None else (losses, done)
+
+        return losses_at
+
+    def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
+        """Which samples need no further search; None for an attack that searches to its end."""
+        return None
+
+    def _loss_name(self) -> str:
+        """How a table calls the criterion; nothing for cross-entropy."""
+        if self.criterion is cross_entropy:
+            return ""
+        return getattr(self.criterion, "__name__", type(self.criterion).__name__)
