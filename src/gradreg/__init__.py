@@ -5,9 +5,12 @@ from gradreg.attacks import (
     NFGSM,
     APGDAttack,
     Attack,
+    AutoAttack,
     IteratedAttack,
     PGDAttack,
+    RandomSearch,
     TargetedAPGDAttack,
+    TransferAttack,
     apgd,
     pgd,
 )
@@ -15,7 +18,18 @@ from gradreg.checks import GradregWarning
 from gradreg.criteria import cross_entropy, dlr, kl_divergence, margin, targeted_dlr
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.edges import contour_energy, oriented_energy
+from gradreg.evaluation import (
+    AttackResult,
+    Flag,
+    RobustnessCurve,
+    RobustnessReport,
+    accuracy_curve,
+    evaluate,
+    masking_checks,
+    minimal_distortion,
+)
 from gradreg.gradients import Score, input_gradient, input_gradient_of
+from gradreg.intervals import PairedComparison, Proportion, mcnemar, wilson
 from gradreg.normalization import Normalize, with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
 from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, edge_alignment, grad_norm
@@ -23,6 +37,7 @@ from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.schedules import Schedule, constant, cosine_ramp, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
 from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify
+from gradreg.state import StateError
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
 
 __all__ = [
@@ -32,12 +47,15 @@ __all__ = [
     "NFGSM",
     "APGDAttack",
     "Attack",
+    "AttackResult",
+    "AutoAttack",
     "ClassSelector",
     "Differentiation",
     "DoubleBackward",
     "EdgeAlignmentPenalty",
     "Finding",
     "FiniteDifference",
+    "Flag",
     "GradNormPenalty",
     "GradregWarning",
     "IteratedAttack",
@@ -45,17 +63,25 @@ __all__ = [
     "NonSmooth",
     "Normalize",
     "PGDAttack",
+    "PairedComparison",
     "PenalizedLoss",
     "PenalizedModel",
     "PenalizedOutput",
     "Penalty",
     "PreflightReport",
+    "Proportion",
+    "RandomSearch",
+    "RobustnessCurve",
+    "RobustnessReport",
     "Schedule",
     "Score",
     "SmoothReport",
+    "StateError",
     "TargetedAPGDAttack",
     "Term",
     "ThreatModel",
+    "TransferAttack",
+    "accuracy_curve",
     "apgd",
     "class_scores",
     "constant",
@@ -64,6 +90,7 @@ __all__ = [
     "cross_entropy",
     "dlr",
     "edge_alignment",
+    "evaluate",
     "find_nonsmooth",
     "grad_norm",
     "input_gradient",
@@ -72,6 +99,9 @@ __all__ = [
     "kl_divergence",
     "linear_ramp",
     "margin",
+    "masking_checks",
+    "mcnemar",
+    "minimal_distortion",
     "oriented_energy",
     "pgd",
     "predicted_class",
@@ -80,6 +110,7 @@ __all__ = [
     "smoothify",
     "targeted_dlr",
     "true_class",
+    "wilson",
     "with_normalization",
 ]
 

@@ -105,13 +105,14 @@ def replayed(state: RandomState, device: torch.device) -> Iterator[None]:
     """Draw inside the block the random numbers that were drawn after ``state`` was taken; then go on as if not."""
     now = random_state(device)
     try:
-        _set_random_state(state, device)
+        set_random_state(state, device)
         yield
     finally:
-        _set_random_state(now, device)
+        set_random_state(now, device)
 
 
-def _set_random_state(state: RandomState, device: torch.device) -> None:
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Put the generators back to where they were."""
     on_cpu, on_device = state
     torch.set_rng_state(on_cpu)
     if on_device is not None:

@@ -7,8 +7,10 @@ configurations that build the function from a model and labels: ``attack(model, 
 
 from gradreg.attacks.adaptive import apgd
 from gradreg.attacks.attack import Attack
+from gradreg.attacks.autoattack import AutoAttack
+from gradreg.attacks.black_box import RandomSearch, TransferAttack
 from gradreg.attacks.iterated import APGDAttack, IteratedAttack, PGDAttack, TargetedAPGDAttack
-from gradreg.attacks.search import pgd
+from gradreg.attacks.search import Bounds, pgd
 from gradreg.attacks.single_step import FGSM, NFGSM
 
 __all__ = [
@@ -16,9 +18,13 @@ __all__ = [
     "NFGSM",
     "APGDAttack",
     "Attack",
+    "AutoAttack",
+    "Bounds",
     "IteratedAttack",
     "PGDAttack",
+    "RandomSearch",
     "TargetedAPGDAttack",
+    "TransferAttack",
     "apgd",
     "pgd",
 ]

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,6 @@ class Attack(ABC):
             in evaluation mode and then gives every module its own mode back; the model must then be an ``nn.Module``.
     """
 
-    uses_gradients: ClassVar[bool] = True
-
     threat: ThreatModel
     bounds: Bounds | None = field(default=(0.0, 1.0), kw_only=True)
     out_of_bounds: OutOfBounds = field(default="check", kw_only=True)
@@ -54,6 +52,11 @@ class Attack(ABC):
     @abstractmethod
     def name(self) -> str:
         """What a table calls it."""
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether it asks for gradients of the model; one that does not should never do better than one that does."""
+        return True
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:
         """Perturb a batch.
@@ -75,13 +78,14 @@ class Attack(ABC):
         with self._ready(model):
             return self._perturb(model, x, outside_inference_mode(y).to(x.device), index)
 
-    def for_evaluation(self, seed: int) -> "Attack":
-        """The attack as an evaluation runs it, which scores the result itself: noise from ``seed`` if it has no other.
+    def seeded(self, seed: int) -> "Attack":
+        """The attack with noise from this seed, if it draws any and has no seed of its own."""
+        changes: dict[str, Any] = {"seed": seed}
+        return replace(self, **changes) if getattr(self, "seed", seed) is None else self
 
-        Args:
-            seed: Makes noise a function of seed and sample.
-        """
-        return self
+    def for_evaluation(self, seed: int) -> "Attack":
+        """The attack as an evaluation runs it, which scores the result itself."""
+        return self.seeded(seed)
 
     def scaled(self, factor: Eps) -> "Attack":
         """The same attack on a ball ``factor`` times as large, with steps as much longer."""

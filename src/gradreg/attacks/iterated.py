@@ -54,10 +54,13 @@ class IteratedAttack(LossAttack):
             y = outside_inference_mode(y).to(x.device)
             return self._ascend(self._losses_at(model, x, y), x, index, start)
 
-    def for_evaluation(self, seed: int) -> "Attack":
+    def for_evaluation(self, seed: int) -> "IteratedAttack":
         """The same search, in which fooled samples leave and the last point is scored by the evaluation alone."""
         own = self.seed if self.seed is not None else seed
         return replace(self, early_stop=True, best=self.restarts > 1, seed=own)
+
+    def scaled(self, factor: Eps) -> "IteratedAttack":
+        return replace(self, threat=self.threat.scaled(factor))
 
     def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
         if not self.early_stop:
@@ -104,7 +107,7 @@ class PGDAttack(IteratedAttack):
     def name(self) -> str:
         return f"PGD-{self.steps} {self._loss_name()}".strip()
 
-    def scaled(self, factor: Eps) -> "Attack":
+    def scaled(self, factor: Eps) -> "PGDAttack":
         step_size = None if self.step_size is None else self.step_size * factor
         return replace(self, threat=self.threat.scaled(factor), step_size=step_size)
 
@@ -208,9 +211,6 @@ class TargetedAPGDAttack(Attack):
     @property
     def name(self) -> str:
         return "APGD-T (halving)" if self.halving else "APGD-T"
-
-    def for_evaluation(self, seed: int) -> "Attack":
-        return self if self.seed is not None else replace(self, seed=seed)
 
     def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
         look = checks.may_look(self, x, validate=False)

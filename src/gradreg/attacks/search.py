@@ -98,13 +98,14 @@ class Search:
         x: The clean batch.
         losses_at: The function to ascend.
         threat: The perturbations allowed.
-        bounds: Lowest and highest value of an input, as tensors.
+        bounds: Lowest and highest value of an input, both as numbers or both as tensors.
         best: Whether the highest point of all is to be returned, or the last one.
         look: Whether the values of the next gradient may be looked at.
         active: The samples still in play; what has one row for each of them is said to be of the active samples.
         delta: Every sample's perturbation to return.
         highest: Every sample's loss there, as far as ``best`` needs it.
         done: The samples that left because ``losses_at`` said so.
+        ball: The threat model of the active samples.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Search:
         self.x = outside_inference_mode(x).detach()
         self.losses_at = losses_at
         self.threat = threat
-        self.bounds = None if bounds is None else _bounds_like(self.x, bounds)
+        self.bounds = bounds if bounds is None or _are_numbers(bounds) else _bounds_like(self.x, bounds)
         self.best = best
         self.look = look
         self.active = torch.arange(x.shape[0], device=x.device)
@@ -155,7 +156,7 @@ class Search:
 
     def enter(self, start: Tensor) -> Tensor:
         """The active samples' rows of ``start``, inside their balls and boxes."""
-        return self._ball.project(start[self.active], self._box)
+        return self.ball.project(start[self.active], self._box)
 
     def slope(self, delta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Losses of the active samples at their perturbations, who of them is done, and the gradient.
@@ -177,11 +178,11 @@ class Search:
 
     def step(self, delta: Tensor, grad: Tensor, stride: ThreatModel) -> Tensor:
         """The active samples' next perturbations: further up by the ascent of ``stride``."""
-        return self._ball.project(delta + stride.ascent(grad, delta, self._box), self._box)
+        return self.ball.project(delta + stride.ascent(grad, delta, self._box), self._box)
 
     def project(self, delta: Tensor) -> Tensor:
         """The active samples' perturbations, brought back into their balls and boxes."""
-        return self._ball.project(delta, self._box)
+        return self.ball.project(delta, self._box)
 
     def leave(self, done: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Take those who are done out of play; returns the tensors' rows of the others."""
@@ -198,7 +199,7 @@ class Search:
 
     def in_units(self, length: Tensor) -> Tensor:
         """A length for each active sample, given in radii, in the units of eps."""
-        eps = self._ball.eps
+        eps = self.ball.eps
         return length.view(-1, *[1] * (self.x.ndim - 1)) * (eps.to(length) if isinstance(eps, Tensor) else eps)
 
     def record(self, losses: Tensor, done: Tensor | None, delta: Tensor) -> None:
@@ -226,13 +227,13 @@ class Search:
     def result(self) -> Tensor:
         """The perturbed batch."""
         z = self.x + self.delta
-        return z if self.bounds is None else z.clamp(*self.bounds)
+        return z if self.bounds is None else z.clamp(*self.bounds)  # type: ignore[arg-type]  # numbers, or tensors
 
     def _settle(self) -> None:
         """What depends on who is in play: their inputs, their balls, and how far they may move."""
         rows = self.active
         self._x = self.x[rows]
-        self._ball = self.threat.rows(rows, self.x)
+        self.ball = self.threat.rows(rows, self.x)
         if self.bounds is None:
             self._sides, self._box = None, None
             return
@@ -243,7 +244,7 @@ class Search:
     def _point(self, delta: Tensor) -> Tensor:
         """The active samples, perturbed, and clamped: rounding, or an x outside of its bounds, may have left them."""
         z = self._x + delta
-        return z if self._sides is None else z.clamp_(*self._sides)
+        return z if self._sides is None else z.clamp_(*self._sides)  # type: ignore[arg-type]
 
     def _losses(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.losses_at(z, self.active)
@@ -279,11 +280,15 @@ def noise_for(
         noise[rows] = threat.rows(rows, x).sample_like(x[rows])
         return noise
     positions = torch.arange(x.shape[0]) if index is None else index
-    for row, position in zip(rows.tolist(), positions[rows.to(positions.device)].tolist(), strict=True):
-        key = hashlib.blake2b(f"{seed}/{position}/{restart}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-        # Drawn on the CPU one by one: the same numbers on every device and in every batch.
-        noise[row] = threat.rows([row], x).sample_like(x[row : row + 1].cpu(), generator)[0]
+    of_sample = rows_of(threat.eps, [0], x) is not threat.eps
+    shape = torch.empty_like(x[:1], device="cpu")
+    drawn = [
+        # On the CPU and one by one: the same numbers on every device and in every batch.
+        (threat.rows([row], x) if of_sample else threat).sample_like(shape, generator_of(seed, position, restart))
+        for row, position in zip(rows.tolist(), positions[rows.to(positions.device)].tolist(), strict=True)
+    ]
+    if drawn:
+        noise[rows] = torch.cat(drawn).to(x.device)
     return noise
 
 
@@ -310,6 +315,18 @@ def check_search(
             f"{name}: index holds one position per sample, shape ({len(x)},), for the noise of a seed; got shape "
             f"{tuple(index.shape)} and seed={seed}."
         )
+
+
+def generator_of(seed: int | None, position: int, restart: int) -> torch.Generator | None:
+    """The generator of one sample's noise: the same in every batch, on every device; None for PyTorch's own."""
+    if seed is None:
+        return None
+    key = hashlib.blake2b(f"{seed}/{position}/{restart}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+
+
+def _are_numbers(bounds: Bounds) -> bool:
+    return not any(isinstance(side, Tensor) for side in bounds)
 
 
 def _bounds_like(x: Tensor, bounds: Bounds) -> Box:

@@ -1,12 +1,12 @@
 """Attacks of one gradient step."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import final
 
 from torch import Tensor
 
 from gradreg import checks
-from gradreg.attacks.attack import Attack, LossAttack, Model
+from gradreg.attacks.attack import LossAttack, Model
 from gradreg.attacks.search import Search, check_attackable, noise_for, pgd
 
 
@@ -77,9 +77,6 @@ class NFGSM(LossAttack):
     @property
     def name(self) -> str:
         return f"N-FGSM {self._loss_name()}".strip()
-
-    def for_evaluation(self, seed: int) -> "Attack":
-        return self if self.seed is not None else replace(self, seed=seed)
 
     def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
         look = checks.may_look(pgd, x, validate=False)

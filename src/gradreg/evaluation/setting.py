@@ -1,0 +1,106 @@
+"""The model under evaluation: unwrapped, undisturbed, and with everything counted that is asked of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from gradreg import checks, modes
+from gradreg.evaluation.identity import describe_model
+from gradreg.evaluation.report import Cost
+from gradreg.evaluation.streaming import Ranks
+from gradreg.wrappers import is_sharded
+
+Model = Callable[[Tensor], Tensor]
+
+
+class Counted(nn.Module):
+    """The model, with its passes counted; what it returns is checked to be logits.
+
+    Attributes:
+        model: The model: a module, or a function.
+        forward_passes: Forward passes so far, one for each sample of each batch.
+        backward_passes: Backward passes, likewise.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_passes = 0
+        self.backward_passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's logits."""
+        logits = self.model(x)
+        checks.check_logits(logits)
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"The model returned shape {tuple(logits.shape)} for {x.shape[0]} inputs; an evaluation counts classes "
+                "and needs logits of shape (B, K)."
+            )
+        self.forward_passes += x.shape[0]
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    @contextmanager
+    def cost(self) -> Iterator[Cost]:
+        """Seconds and passes of what is done inside; complete when the block ends."""
+        found: Cost = {}
+        start, forward, backward = time.perf_counter(), self.forward_passes, self.backward_passes
+        yield found
+        found["seconds"] = time.perf_counter() - start
+        found["forward"] = self.forward_passes - forward
+        found["backward"] = self.backward_passes - backward
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self.backward_passes += grad.shape[0]
+
+
+def unwrapped(model: Model) -> Model:
+    """The model itself: ranks that take turns at their own pace cannot run a wrapper that has them talk."""
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        model = model.module
+    if isinstance(model, nn.Module) and any(is_sharded(module) for module in model.modules()) and Ranks().size > 1:
+        raise RuntimeError(
+            "The model is sharded (FSDP), so that every forward pass is one of all ranks together, but here every rank "
+            "works on batches of its own. Load the full weights into an ordinary model on every rank first."
+        )
+    return model
+
+
+def told_apart(model: Model) -> dict[str, str]:
+    """What a state file tells the model by.
+
+    Raises:
+        TypeError: If it is a function, whose weights cannot be seen.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"A state file tells models apart by their weights, and {type(model).__name__} shows none. Give the "
+            "nn.Module itself, or leave state out."
+        )
+    return describe_model(model)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where the model's first parameter or buffer is."""
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def undisturbed(model: Model, device: torch.device) -> Iterator[None]:
+    """Evaluation mode inside; afterwards modes and random numbers are as if nothing had been done."""
+    before = modes.random_state(device)
+    try:
+        if isinstance(model, nn.Module):
+            with modes.evaluating(model):
+                yield
+        else:
+            yield
+    finally:
+        modes.set_random_state(before, device)

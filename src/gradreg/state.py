@@ -1,0 +1,59 @@
+"""Files that survive whatever happens: written whole or not at all, and read with a sentence if they are damaged."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class StateError(RuntimeError):
+    """A state file cannot be used: it is damaged, or belongs to other work. It is left as it is."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put text in the place of a file: after a crash at any moment either the old file is there or the new one.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the old file is then still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is on the disk only when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_state(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """The content of a state file of a kind.
+
+    Raises:
+        StateError: If it is damaged, of another kind or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StateError(
+            f"{path} is damaged: {error}. It was not changed. If nothing else writes to it, it was cut short by "
+            "something else than this library, which replaces it whole. Restore it, or move it away to begin anew."
+        ) from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise StateError(f"{path} is no file of {kind}. It was not changed. Name another file.")
+    if content.get("version") != version:
+        raise StateError(
+            f"{path} was written in version {content.get('version')} of its format, and this is version {version}. Go "
+            "on with the release that wrote it, or name another file to begin anew."
+        )
+    return content
