@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint mutations
+.PHONY: quickstart test lint mutations attack-cost
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +18,17 @@ lint: $(VENV)/lint.installed
 
 mutations: $(VENV)/test.installed
 	$(BIN)/python tests/mutations.py
+
+# In an environment of its own: one of the libraries that it compares with pins old packages.
+attack-cost: $(VENV)-attack-cost/installed
+	$(VENV)-attack-cost/bin/python benchmarks/attack_cost.py --threads 1
+	$(VENV)-attack-cost/bin/python benchmarks/attack_cost.py --threads 1 --model resnet18 --rounds 10
+
+$(VENV)-attack-cost/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-attack-cost
+	$(VENV)-attack-cost/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-attack-cost/bin/python -m pip install --quiet --editable . --group attack-cost
+	touch $@
 
 $(VENV)/pip.installed:
 	$(PYTHON) -m venv $(VENV)

@@ -11,7 +11,6 @@ with ``--split validation``; the test images are looked at in the final run only
 import argparse
 import copy
 import json
-import math
 import platform
 import shlex
 import statistics
@@ -39,9 +38,11 @@ from gradreg import (
     PenalizedLoss,
     PGDAttack,
     Term,
-    class_scores,
+    accuracy_curve,
+    evaluate,
     input_gradient,
     linear_ramp,
+    margin,
     sampled_class,
     smoothify,
     with_normalization,
@@ -130,39 +131,10 @@ def train(name: str, x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Module:
     return model.eval()
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """By how much another class beats the true one; unlike cross-entropy it has a slope on confident images."""
-    others = logits.scatter(1, y.unsqueeze(1), -math.inf)
-    return others.amax(1) - class_scores(logits, y)
-
-
-def attacks_at(eps: float, seed: int) -> list[Attack]:
-    """Strong attacks at EPS, the radius of the table: PGD on two losses, with restarts. A shorter one elsewhere."""
-    if eps != EPS:
-        return [PGDAttack(Linf(eps), criterion=margin, steps=20, early_stop=True, seed=seed)]
-    return [
-        PGDAttack(Linf(eps), criterion=CROSS_ENTROPY, steps=40, early_stop=True, seed=seed),
-        PGDAttack(Linf(eps), criterion=margin, steps=40, restarts=2, early_stop=True, seed=seed),
-    ]
-
-
-def accuracy_vs_eps(name: str, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> dict[float, int]:
-    """How many images the model gets right under attack, by radius.
-
-    An image that is lost to one attack is lost to all that follow, so that only the others are attacked again.
-    """
-    progress = tqdm([(eps, attack) for eps in RADII for attack in attacks_at(eps, seed)], desc=f"attack {name:14s}")
-    rows = torch.arange(len(x))
-    rows = rows[model(x).argmax(1) == y]
-    counts = {0.0: len(rows)}
-    for eps, attack in progress:
-        safe = [
-            part[model(attack(model, x[part], y[part], index=part)).argmax(1) == y[part]]
-            for part in rows.split(BATCH_SIZE)
-        ]
-        rows = torch.cat(safe) if safe else rows
-        counts[eps] = len(rows)
-    return counts
+ATTACKS: dict[str, Attack] = {
+    "PGD-40": PGDAttack(Linf(EPS), criterion=CROSS_ENTROPY, steps=40),
+    "PGD-40 on the margin": PGDAttack(Linf(EPS), criterion=margin, steps=40, restarts=2),
+}
 
 
 def step_costs(models: dict[str, nn.Module], x: Tensor, y: Tensor, rounds: int) -> dict[str, float]:
@@ -179,13 +151,6 @@ def step_costs(models: dict[str, nn.Module], x: Tensor, y: Tensor, rounds: int) 
             training_step(model, METHODS[name], optimizers[name], x, y, t=100)
             seconds[name].append(time.process_time() - start)
     return {name: statistics.median(of_method) for name, of_method in seconds.items()}
-
-
-def wilson(count: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of Wilson for a proportion."""
-    center = (count + z**2 / 2) / (n + z**2)
-    half_width = z / (n + z**2) * math.sqrt(count * (n - count) / n + z**2 / 4)
-    return center - half_width, center + half_width
 
 
 def table(results: dict[str, dict]) -> str:
@@ -232,10 +197,10 @@ def plot_accuracy(results: dict[str, dict], n: int, path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
     for (name, row), color, marker in zip(results.items(), COLORS, "osv^DP", strict=True):
-        counts = row["correct_at_eps"]
+        accuracies = row["accuracy_at_eps"]
         axes.plot(
-            [float(eps) for eps in counts],
-            [100 * count / n for count in counts.values()],
+            [float(eps) for eps in accuracies],
+            [100 * accuracy for accuracy in accuracies.values()],
             color=color,
             marker=marker,
             label=name,
@@ -280,15 +245,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_x, train_y, x, y = load_digits(args.split)
     x, y = x[: args.images], y[: args.images]
     models = {name: train(name, train_x, train_y, args.steps, args.seed) for name in METHODS}
-    counts = {name: accuracy_vs_eps(name, model, x, y, args.seed) for name, model in models.items()}
+    loader = list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
+    curve_attack = PGDAttack(Linf(EPS), criterion=margin, steps=20)
+    reports, curves = {}, {}
+    for name, model in models.items():
+        print(f"attack {name}", file=sys.stderr)
+        reports[name] = evaluate(model, loader, ATTACKS, seed=args.seed)
+        curves[name] = accuracy_curve(model, loader, curve_attack, RADII, seed=args.seed)
     costs = step_costs(models, train_x[:BATCH_SIZE], train_y[:BATCH_SIZE], rounds=min(args.steps, 30))
     results = {
         name: {
-            "clean": counts[name][0.0] / len(x),
-            "robust": counts[name][EPS] / len(x),
-            "robust_interval": wilson(counts[name][EPS], len(x)),
+            "clean": reports[name].clean.value,
+            "robust": reports[name].worst_case.value,
+            "robust_interval": reports[name].worst_case.interval,
+            "flags": [str(flag) for flag in reports[name].raised],
             "cost": costs[name] / costs["natural"],
-            "correct_at_eps": counts[name],
+            "accuracy_at_eps": curves[name].to_dict()["accuracy"],
         }
         for name in METHODS
     }

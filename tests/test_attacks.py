@@ -1,7 +1,11 @@
 """Attacks: at the known optimum of a linear model, inside their sets, reproducible, and without side effects."""
 
 import copy
+import math
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradreg import FGSM, L1, L2, NFGSM, Attack, GradregWarning, Linf, PGDAttack, ThreatModel, pgd, with_normalization
+from gradreg import (
+    FGSM,
+    L1,
+    L2,
+    NFGSM,
+    APGDAttack,
+    Attack,
+    GradregWarning,
+    IteratedAttack,
+    Linf,
+    PGDAttack,
+    TargetedAPGDAttack,
+    ThreatModel,
+    apgd,
+    dlr,
+    margin,
+    pgd,
+    targeted_dlr,
+    with_normalization,
+)
+from gradreg.attacks import iterated
+from gradreg.attacks.adaptive import Halving
 
 from cases import CLASSES, make_batch, make_model, per_sample_cross_entropy, soft_labels
 
@@ -21,7 +46,13 @@ ATTACKS: dict[str, Attack] = {
     "PGD L1": PGDAttack(L1(2.0), steps=3),
     "FGSM": FGSM(Linf(0.1)),
     "N-FGSM": NFGSM(Linf(0.1), noise=1.0),
+    "APGD": APGDAttack(Linf(0.1), steps=6),
+    "APGD L2": APGDAttack(L2(0.5), steps=6),
+    "APGD L1": APGDAttack(L1(2.0), steps=6),
+    "APGD-T": TargetedAPGDAttack(Linf(0.1), steps=6),
+    "APGD-T halving": TargetedAPGDAttack(Linf(0.1), steps=6, halving=True),
 }
+SEARCHES = {"PGD": pgd, "APGD": apgd}
 
 
 def _greedy(slope: Tensor, room: Tensor, eps: float) -> Tensor:
@@ -44,13 +75,65 @@ def _bisected(slope: Tensor, room: Tensor, eps: float) -> Tensor:
     return slope.sign() * torch.minimum(low * slope.abs(), room)
 
 
+def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The gradient of a function of one sample."""
+    leaf = at.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    return grad
+
+
+def _halved_ascent(
+    function: Callable[[Tensor], Tensor], threat: ThreatModel, start: Tensor, checkpoints: list[int], steps: int
+) -> list[Tensor]:
+    """Where APGD goes with one sample and no bounds: algorithm 1 of Croce & Hein (ICML 2020), literally."""
+    points, values = [start], [float(function(start))]
+    here, before, eta, halved_before, top_before, last = start, start, 2.0, True, -math.inf, 0
+    for step in range(1, steps + 1):
+        ahead = threat.project(here + eta * threat.maximizer(_slope(function, here)))
+        moved = ahead if step == 1 else threat.project(here + 0.75 * (ahead - here) + 0.25 * (here - before))
+        points.append(moved)
+        values.append(float(function(moved)))
+        here, before = moved, here
+        if step in checkpoints:
+            rose = sum(values[i] > values[i - 1] for i in range(last + 1, step + 1))
+            stuck = not halved_before and max(values) == top_before
+            halved_before = rose <= 0.75 * (step - last) or stuck
+            if halved_before:
+                eta, here = eta / 2, points[values.index(max(values))]
+            top_before, last = max(values), step
+    return points
+
+
+def _thinned_ascent(
+    function: Callable[[Tensor], Tensor], threat: L1, start: Tensor, every: int, steps: int
+) -> list[Tensor]:
+    """Where APGD goes in L1 with one sample and no bounds, by section 3 of Croce & Hein (ICML 2021)."""
+    points, values = [start], [float(function(start))]
+    here, eta, share, count_before = start, 1.0, 0.2, float(start.numel())
+    for step in range(1, steps + 1):
+        stride = L1(eta * threat.eps, share)
+        here = threat.project(here + stride.ascent(_slope(function, here), here))
+        points.append(here)
+        values.append(float(function(here)))
+        if step % every == 0:
+            top = points[values.index(max(values))]
+            count = float((top != 0).sum())
+            if count / count_before < 0.95:
+                eta, here = 1.0, top
+            else:
+                eta = max(eta / 1.5, 0.1)
+            share, count_before = count / start.numel() / 1.5, count
+    return points
+
+
 class TestLinearOptimum:
     """A linear function has its maximum over ball and box in closed form."""
 
+    @pytest.mark.parametrize("search", SEARCHES)
     @pytest.mark.parametrize("threat", [Linf(0.3), L2(0.9), L1(1.7)])
     @pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
     @pytest.mark.parametrize("seed", range(3))
-    def test_is_reached(self, threat: ThreatModel, bounds: tuple[float, float] | None, seed: int) -> None:
+    def test_is_reached(self, search: str, threat: ThreatModel, bounds: tuple[float, float] | None, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         x = torch.rand(4, 12, generator=generator, dtype=torch.float64)
         slope = torch.randn(4, 12, generator=generator, dtype=torch.float64)
@@ -62,11 +145,16 @@ class TestLinearOptimum:
             expected = torch.stack([solve(s, r, threat.eps) for s, r in zip(slope, room, strict=True)])
         best = (slope * expected).sum(1)
 
-        x_adv = pgd(lambda z, rows: (z * slope[rows]).sum(1), x, threat, steps=400, step_size=0.02, bounds=bounds)
+        steps = {"steps": 400, "step_size": 0.02} if search == "PGD" else {"steps": 100}
+        options = {"bounds": bounds, **steps}
+        x_adv = SEARCHES[search](lambda z, rows: (z * slope[rows]).sum(1), x, threat, **options)
         reached = (slope * (x_adv - x)).sum(1)
         assert bool((reached <= best + 1e-9).all())
-        # In L1 the projection takes from full coordinates too: the search ends a fraction of a step from the optimum.
-        tolerance = {Linf: 1e-9, L2: 5e-5, L1: 0.02 / 1.7}[type(threat)]
+        if search == "PGD":
+            # In L1 the projection takes from full coordinates too: it ends a fraction of a step from the optimum.
+            tolerance = {Linf: 1e-9, L2: 5e-5, L1: 0.02 / 1.7}[type(threat)]
+        else:
+            tolerance = 0.03 if isinstance(threat, L1) and bounds else 1e-9
         assert torch.allclose(reached, best, rtol=tolerance)
 
     @pytest.mark.parametrize("threat", [Linf(0.05), L2(0.2), L1(0.4)])
@@ -83,49 +171,66 @@ class TestLinearOptimum:
             return torch.stack([-value, value], 1)
 
         robust = score.abs() > threat.dual_norm(weight.expand(200, 8))
-        attack = PGDAttack(threat, steps=100, step_size=threat.eps / 10, bounds=None)
-        x_adv = attack(model, x, y)
         assert 0 < robust.double().mean() < 1
-        assert torch.equal(model(x_adv).argmax(1) == y, robust)
+        pgd_attack = PGDAttack(threat, steps=100, step_size=threat.eps / 10, bounds=None)
+        for attack in (pgd_attack, APGDAttack(threat, bounds=None)):
+            assert torch.equal(model(attack(model, x, y)).argmax(1) == y, robust)
 
 
 class TestSets:
-    @given(name=st.sampled_from(sorted(THREATS)), seed=st.integers(0, 2**31), best=st.booleans())
-    def test_the_result_is_inside_ball_and_bounds(self, name: str, seed: int, best: bool) -> None:
-        threat = THREATS[name]
+    @given(
+        search=st.sampled_from(sorted(SEARCHES)),
+        name=st.sampled_from(sorted(THREATS)),
+        seed=st.integers(0, 2**31),
+        best=st.booleans(),
+    )
+    def test_the_result_is_inside_ball_and_bounds(self, search: str, name: str, seed: int, best: bool) -> None:
+        threat, find = THREATS[name], SEARCHES[search]
         generator = torch.Generator().manual_seed(seed)
         x = torch.rand(3, 2, 4, 4, generator=generator)
         weight = torch.randn(2, 4, 4, generator=generator)
-        x_adv = pgd(lambda z, rows: (z * weight).flatten(1).sum(1).sin(), x, threat, steps=4, best=best, seed=seed)
+        x_adv = find(lambda z, rows: (z * weight).flatten(1).sum(1).sin(), x, threat, steps=6, best=best, seed=seed)
         assert bool((threat.norm(x_adv - x) <= 1 + 1e-5).all())
         assert bool(((x_adv >= 0) & (x_adv <= 1)).all())
 
-    def test_eps_per_sample_and_per_channel_are_each_alone(self) -> None:
+    @pytest.mark.parametrize("kind", [PGDAttack, APGDAttack])
+    def test_eps_per_sample_and_per_channel_are_each_alone(self, kind: type[IteratedAttack]) -> None:
         model, (x, y) = make_model("conv"), make_batch(3)
         per_sample = torch.tensor([0.02, 0.05, 0.1], dtype=torch.float64).view(3, 1, 1, 1)
-        together = PGDAttack(Linf(per_sample), steps=4, random_start=False)(model, x, y)
+        together = kind(Linf(per_sample), steps=4, random_start=False)(model, x, y)
         for row, eps in enumerate((0.02, 0.05, 0.1)):
-            alone = PGDAttack(Linf(eps), steps=4, random_start=False)(model, x[row : row + 1], y[row : row + 1])
+            alone = kind(Linf(eps), steps=4, random_start=False)(model, x[row : row + 1], y[row : row + 1])
             assert torch.allclose(together[row : row + 1], alone, atol=1e-9)
         per_channel = torch.tensor([0.02, 0.1], dtype=torch.float64).view(2, 1, 1)
-        moved = (PGDAttack(Linf(per_channel), steps=4)(model, x, y) - x).abs().amax((0, 2, 3))
+        moved = (kind(Linf(per_channel), steps=4)(model, x, y) - x).abs().amax((0, 2, 3))
         assert bool((moved <= torch.tensor([0.02, 0.1]) + 1e-9).all())
         assert moved[1] > 0.05
 
-    def test_per_channel_bounds_and_eps_are_the_normalised_pixel_attack(self) -> None:
+    @pytest.mark.parametrize("kind", [PGDAttack, APGDAttack])
+    def test_per_channel_bounds_and_eps_are_the_normalised_pixel_attack(self, kind: type[IteratedAttack]) -> None:
         model, (pixels, y) = make_model("conv"), make_batch()
         mean, std = [0.3, 0.6], [0.2, 0.4]
         m, s = (torch.tensor(v, dtype=torch.float64).view(2, 1, 1) for v in (mean, std))
         wrapped = with_normalization(model, mean, std).double()
-        on_pixels = PGDAttack(Linf(0.1), steps=5, random_start=False)(wrapped, pixels, y)
-        normalised = PGDAttack(Linf(0.1 / s), steps=5, random_start=False, bounds=(-m / s, (1 - m) / s))
+        on_pixels = kind(Linf(0.1), steps=5, random_start=False)(wrapped, pixels, y)
+        normalised = kind(Linf(0.1 / s), steps=5, random_start=False, bounds=(-m / s, (1 - m) / s))
         assert torch.allclose(normalised(model, (pixels - m) / s, y) * s + m, on_pixels, atol=1e-6)
 
-    def test_clamp_does_not_hide_the_slope_of_pixels_out_of_bounds(self) -> None:
+    @pytest.mark.parametrize("search", SEARCHES)
+    def test_clamp_does_not_hide_the_slope_of_pixels_out_of_bounds(self, search: str) -> None:
         x = torch.full((1, 4), 1.01)
         attack = {"out_of_bounds": "clamp", "random_start": False}
-        x_adv = pgd(lambda z, rows: -z.sum(1), x, Linf(0.05), steps=10, **attack)
+        x_adv = SEARCHES[search](lambda z, rows: -z.sum(1), x, Linf(0.05), steps=10, **attack)
         assert torch.allclose(x_adv, torch.full((1, 4), 0.96))
+
+    @pytest.mark.parametrize("search", SEARCHES)
+    def test_the_model_sees_nothing_out_of_bounds(self, search: str) -> None:
+        x = torch.rand(4, 30) * 1.5 - 0.25
+        seen: list[Tensor] = []
+        options = {"steps": 3, "out_of_bounds": "clamp"}
+        SEARCHES[search](lambda z, rows: (seen.append(z.detach()), z.sin().sum(1))[1], x, Linf(0.1), **options)
+        assert len(seen) == 4
+        assert all(bool(((z >= 0) & (z <= 1)).all()) for z in seen)
 
     def test_clamp_accepts_what_augmentation_makes(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
@@ -186,10 +291,6 @@ class TestDefinitions:
     def test_soft_labels_and_another_loss(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
 
-        def margin(logits: Tensor, y: Tensor) -> Tensor:
-            true = logits.gather(1, y[:, None]).squeeze(1)
-            return (logits - 1e9 * F.one_hot(y, CLASSES)).amax(1) - true
-
         for criterion, labels in ((per_sample_cross_entropy, soft_labels(y)), (margin, y)):
             x_adv = PGDAttack(Linf(0.1), criterion=criterion)(model, x, labels)
             assert bool((criterion(model(x_adv), labels) > criterion(model(x), labels)).all())
@@ -198,12 +299,13 @@ class TestDefinitions:
         assert torch.allclose(PGDAttack(Linf(0.1), seed=0)(model, x, one_hot), hard, atol=1e-9)
 
 
+@pytest.mark.parametrize("search", SEARCHES)
 class TestBest:
     def _wave(self, z: Tensor, rows: Tensor) -> Tensor:
         """Rises and falls, so that the last point is seldom the best."""
         return torch.sin(40 * z).flatten(1).sum(1)
 
-    def test_returns_the_highest_of_all_visited_points(self) -> None:
+    def test_returns_the_highest_of_all_visited_points(self, search: str) -> None:
         x = torch.rand(6, 5, dtype=torch.float64)
         visited: list[Tensor] = []
 
@@ -212,43 +314,375 @@ class TestBest:
             visited.append(losses.detach())
             return losses
 
-        x_adv = pgd(watched, x, Linf(0.2), steps=7, restarts=3, seed=0)
+        x_adv = SEARCHES[search](watched, x, Linf(0.2), steps=7, restarts=3, seed=0)
         assert len(visited) == 3 * (7 + 1)
         highest = torch.stack(visited).amax(0)
         assert torch.allclose(self._wave(x_adv, torch.arange(6)), highest, atol=1e-12)
 
-    def test_the_last_point_is_visited_too(self) -> None:
+    def test_the_last_point_is_visited_too(self, search: str) -> None:
         x = torch.full((2, 3), 0.5)
-        x_adv = pgd(lambda z, rows: z.sum(1), x, Linf(0.1), steps=1, step_size=0.1, random_start=False)
+        x_adv = SEARCHES[search](lambda z, rows: z.sum(1), x, Linf(0.1), steps=1, random_start=False)
         assert torch.allclose(x_adv, x + 0.1)
 
-    def test_without_it_the_last_point_is_returned_for_one_pass_less(self) -> None:
+    def test_without_it_the_last_point_is_returned_for_one_pass_less(self, search: str) -> None:
         x = torch.rand(6, 5, dtype=torch.float64)
-        calls = [0]
+        visited: list[Tensor] = []
 
-        def counted(z: Tensor, rows: Tensor) -> Tensor:
-            calls[0] += 1
+        def watched(z: Tensor, rows: Tensor) -> Tensor:
+            visited.append(z.detach())
             return self._wave(z, rows)
 
-        pgd(counted, x, Linf(0.2), steps=7, best=False)
-        assert calls == [7]
+        last = SEARCHES[search](watched, x, Linf(0.2), steps=7, best=False, seed=0)
+        assert len(visited) == 7
+        SEARCHES[search](watched, x, Linf(0.2), steps=7, seed=0)
+        assert len(visited) == 7 + 7 + 1
+        assert torch.equal(last, visited[-1])
 
-    def test_more_restarts_are_never_worse(self) -> None:
+    def test_more_restarts_are_never_worse(self, search: str) -> None:
         x = torch.rand(6, 5, dtype=torch.float64)
-        losses = [self._wave(pgd(self._wave, x, Linf(0.2), restarts=n, seed=1), torch.arange(6)) for n in (1, 2, 5)]
+        found = [SEARCHES[search](self._wave, x, Linf(0.2), steps=10, restarts=n, seed=1) for n in (1, 2, 5)]
+        losses = [self._wave(x_adv, torch.arange(6)) for x_adv in found]
         assert bool((losses[1] >= losses[0]).all())
         assert bool((losses[2] >= losses[1]).all())
+        assert bool((losses[2] > losses[0]).any())
 
-    def test_a_given_start_is_where_it_starts(self) -> None:
+    def test_a_given_start_is_where_the_first_restart_starts(self, search: str) -> None:
         x = torch.full((3, 2), 0.5)
-        start = torch.full((3, 2), 0.05)
+        start = torch.tensor([[0.05, 0.0], [-0.02, 0.1], [0.3, 0.0]])
         seen: list[Tensor] = []
-        pgd(lambda z, rows: (seen.append(z.detach()), z.sum(1))[1], x, Linf(0.1), steps=1, start=start)
-        assert torch.allclose(seen[0], x + start)
+        options = {"steps": 1, "restarts": 2, "start": start}
+        SEARCHES[search](lambda z, rows: (seen.append(z.detach()), z.sum(1))[1], x, Linf(0.1), **options)
+        assert torch.allclose(seen[0], x + start.clamp(-0.1, 0.1))
+        assert not torch.equal(seen[2], seen[0])
+
+    def test_a_point_whose_loss_is_not_a_number_is_never_the_highest(self, search: str) -> None:
+        """A network in half precision overflows at some point, and the points before and after still count."""
+        x = torch.rand(6, 5, dtype=torch.float64)
+        visited: list[Tensor] = []
+
+        def overflowing(z: Tensor, rows: Tensor) -> Tensor:
+            visited.append(self._wave(z.detach(), rows))
+            return self._wave(z, rows) if len(visited) != 4 else self._wave(z, rows) * torch.nan
+
+        x_adv = SEARCHES[search](overflowing, x, Linf(0.2), steps=7, seed=0)
+        highest = torch.stack(visited[:3] + visited[4:]).amax(0)
+        assert torch.allclose(self._wave(x_adv, torch.arange(6)), highest, atol=1e-12)
+
+
+class TestAPGD:
+    def test_checkpoints_are_those_of_the_paper(self) -> None:
+        shares = [0.0, 0.22]
+        while shares[-1] < 1:
+            shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+        expected = [round(100 * share) for share in shares[1:-1]]
+        assert list(Halving(100).checkpoints) == expected == [22, 41, 57, 70, 80, 87, 93, 99]
+        assert list(Halving(100).checkpoints.values()) == [22, 19, 16, 13, 10, 7, 6, 6]
+        for steps in range(1, 60):
+            ends = [0, *Halving(steps).checkpoints]
+            assert ends[-1] < steps
+            assert [end - before for before, end in pairwise(ends)] == list(Halving(steps).checkpoints.values())
+
+    def _landscape(self, rows: Tensor, coordinates: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """Waves along some directions, other ones for each sample, and where to start."""
+        generator = torch.Generator().manual_seed(4)
+        directions = torch.randn(len(rows), 6, coordinates, generator=generator, dtype=torch.float64)
+        start = 0.3 * torch.randn(len(rows), coordinates, generator=generator, dtype=torch.float64)
+
+        def losses_at(z: Tensor, rows: Tensor) -> Tensor:
+            return (3 * torch.einsum("bkd,bd->bk", directions[rows], z)).sin().sum(1)
+
+        return losses_at, start
+
+    def _visited(self, threat: ThreatModel, coordinates: int, steps: int) -> tuple[Tensor, Tensor, list[Callable]]:
+        """Where APGD went with 20 samples, ``(samples, points, ...)``, where it started, and each sample's function."""
+        rows, visited = torch.arange(20), []
+        losses_at, start = self._landscape(rows, coordinates)
+        start = threat.project(start)
+
+        def watched(z: Tensor, rows: Tensor) -> Tensor:
+            visited.append(z.detach())
+            return losses_at(z, rows)
+
+        apgd(watched, torch.zeros_like(start), threat, steps=steps, start=start, bounds=None)
+        functions = [lambda z, row=row: losses_at(z, rows[row : row + 1]) for row in rows.tolist()]
+        return torch.stack(visited, 1), start, functions
+
+    @pytest.mark.parametrize("threat", [Linf(0.4), L2(0.7)])
+    @pytest.mark.parametrize(
+        ("steps", "checkpoints"), [(100, [22, 41, 57, 70, 80, 87, 93, 99]), (20, [4, 7, 9, *range(10, 20)])]
+    )
+    def test_goes_where_the_algorithm_goes(self, threat: ThreatModel, steps: int, checkpoints: list[int]) -> None:
+        visited, start, functions = self._visited(threat, 5, steps)
+        for row, function in enumerate(functions):
+            expected = _halved_ascent(function, threat, start[row : row + 1], checkpoints, steps)
+            assert torch.allclose(visited[row], torch.cat(expected), atol=1e-6)
+
+    def test_goes_where_the_algorithm_for_l1_goes(self) -> None:
+        visited, start, functions = self._visited(L1(2.0), 30, 100)
+        for row, function in enumerate(functions):
+            expected = _thinned_ascent(function, L1(2.0), start[row : row + 1], 4, 100)
+            assert torch.allclose(visited[row], torch.cat(expected), atol=1e-6)
+
+    def test_returns_to_the_highest_point_and_halves_its_steps_where_they_do_not_rise(self) -> None:
+        """Of a function that falls from its start on all sides, each checkpoint begins a shorter trip from there."""
+        seen: list[float] = []
+
+        def losses_at(z: Tensor, rows: Tensor) -> Tensor:
+            seen.append(z.item())
+            return -(z - 1e-6).abs().sum(1)
+
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        x_adv = apgd(losses_at, zero, Linf(1.0), steps=100, random_start=False, bounds=None)
+        assert torch.equal(x_adv, zero)
+        assert seen[1] == 1.0
+        for trip, checkpoint in enumerate([22, 41, 57, 70, 80, 87, 93, 99], start=1):
+            step = min(2.0 * 0.5**trip, 1.0)
+            # from 0 by the step, and by the momentum of the move from the point before the last to 0
+            assert seen[checkpoint + 1] == pytest.approx(0.75 * step - 0.25 * seen[checkpoint - 1])
+
+    def test_finds_a_peak_that_needs_steps_shorter_than_the_radius(self) -> None:
+        def losses_at(z: Tensor, rows: Tensor) -> Tensor:
+            return -(z - 0.3).abs().sum(1)
+
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        options = {"steps": 100, "random_start": False, "bounds": None}
+        by_apgd = apgd(losses_at, zero, Linf(1.0), **options)
+        by_pgd = pgd(losses_at, zero, Linf(1.0), step_size=2.0, **options)
+        assert abs(float(by_apgd) - 0.3) < 0.01
+        assert abs(float(by_pgd) - 0.3) > 0.2
+
+    @pytest.mark.parametrize("threat", [Linf(0.4), L2(1.1)])
+    def test_climbs_higher_than_pgd_in_as_many_steps(self, threat: ThreatModel) -> None:
+        losses_at, start = self._landscape(torch.arange(100), 5)
+        x = torch.zeros_like(start)
+        found = [find(losses_at, x, threat, steps=40, seed=0, bounds=None) for find in (apgd, pgd)]
+        by_apgd, by_pgd = (losses_at(x_adv, torch.arange(100)) for x_adv in found)
+        assert by_apgd.mean() > by_pgd.mean() + 0.1
+
+    def test_in_l1_gets_past_the_edge_of_the_pixel_range(self) -> None:
+        """Coordinates that are at their limit keep their place though the projection shortens all others."""
+        x = torch.rand(8, 200, dtype=torch.float64)
+        slope = torch.randn(8, 200, dtype=torch.float64)
+        room = torch.where(slope > 0, 1 - x, x)
+        best = torch.stack([s @ _greedy(s, r, 6.0) for s, r in zip(slope, room, strict=True)])
+        x_adv = apgd(lambda z, rows: (z * slope[rows]).sum(1), x, L1(6.0), steps=100)
+        assert ((slope * (x_adv - x)).sum(1) / best).mean() > 0.99
+
+
+def _linear(classes: int, coordinates: int, size: int, seed: int) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
+    """Weights of a linear classifier, the classifier, and pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(classes, coordinates, generator=generator, dtype=torch.float64)
+    x = torch.rand(size, coordinates, generator=generator, dtype=torch.float64)
+    return weight, lambda z: (z - 0.5) @ weight.T, x
+
+
+@pytest.mark.parametrize("halving", [False, True])
+class TestTargeted:
+    @pytest.mark.parametrize("threat", [Linf(0.03), L2(0.12), L1(0.25)])
+    def test_gives_the_exact_robust_accuracy_of_a_linear_classifier(self, threat: ThreatModel, halving: bool) -> None:
+        """A sample is broken if and only if its margin to some class is below the dual norm of the weights between."""
+        weight, model, x = _linear(classes=6, coordinates=12, size=200, seed=0)
+        y = model(x).argmax(1)
+        margins = model(x).gather(1, y[:, None]) - model(x)
+        reach = torch.stack([threat.dual_norm(weight[k] - weight[y]) for k in range(6)], 1)
+        broken = (margins < reach).any(1)
+        assert 0.3 < broken.double().mean() < 0.9
+        assert int(((margins < reach).sum(1) == 1).sum()) > 20  # whom one class alone breaks
+        x_adv = TargetedAPGDAttack(threat, bounds=None, halving=halving, seed=0)(model, x, y)
+        assert torch.equal(model(x_adv).argmax(1) != y, broken)
+        assert bool((threat.norm(x_adv - x) <= 1 + 1e-9).all())
+
+    @pytest.mark.parametrize("targets", [3, 9])
+    def test_targets_are_the_most_probable_other_classes_in_their_order(
+        self, targets: int, halving: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, model, x = _linear(classes=6, coordinates=12, size=20, seed=1)
+        y = model(x).argsort(1, descending=True)[:, 1]  # not the predicted class: the most probable other one is
+        y[:15] = model(x).argmax(1)[:15]
+        ascended: list[tuple[int, int]] = []
+
+        def spying(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+            ascended.extend(zip(y.tolist(), target.tolist(), strict=True))
+            return -dlr(logits, y)  # downhill: nobody is fooled who was not
+
+        monkeypatch.setattr(iterated, "targeted_dlr", spying)
+        attack = TargetedAPGDAttack(Linf(1e-6), targets=targets, steps=1, bounds=None, halving=halving, seed=0)
+        for row in range(15):
+            ascended.clear()
+            attack(model, x[row : row + 1], y[row : row + 1])
+            order = [k for k in model(x[row]).argsort(descending=True).tolist() if k != y[row]][:targets]
+            assert ascended[0] == (y[row], y[row])  # asked what it needs
+            assert list(dict.fromkeys(ascended[1:])) == [(y[row], target) for target in order]
+        for row in range(15, 20):
+            ascended.clear()
+            attack(model, x[row : row + 1], y[row : row + 1])
+            assert ascended[1] == (y[row], model(x[row]).argmax())
+
+    def test_every_target_starts_elsewhere(self, halving: bool) -> None:
+        _, model, x = _linear(classes=6, coordinates=12, size=1, seed=0)
+        starts: list[Tensor] = []
+
+        def spying(z: Tensor) -> Tensor:
+            starts.append(z.detach())
+            return model(z)
+
+        TargetedAPGDAttack(Linf(1e-3), targets=3, steps=1, halving=halving, seed=0)(spying, x, model(x).argmax(1))
+        noisy = torch.cat(starts[1:2] if halving else starts[1::2]) - x
+        assert noisy.shape == (3, 12)
+        assert bool((torch.pdist(noisy) > 1e-4).all())
+
+    def test_fooled_samples_leave_at_once(self, halving: bool) -> None:
+        weight, model, x = _linear(classes=6, coordinates=12, size=30, seed=2)
+        weight[:, -1] = 0  # the last coordinate says who a sample is, and nothing may change it
+        x[:, -1] = torch.arange(30) / 30
+        eps = torch.full((1, 12), 0.03, dtype=torch.float64)
+        eps[:, -1] = 0
+        y, fooled, passes = model(x).argmax(1), set(), torch.zeros(30, dtype=torch.int64)
+
+        def spying(z: Tensor) -> Tensor:
+            who = (z.detach()[:, -1] * 30).round().long()
+            logits = model(z)
+            assert not fooled.intersection(who.tolist())
+            fooled.update(who[logits.argmax(1) != y[who]].tolist())
+            passes.index_add_(0, who, torch.ones_like(who))
+            return logits
+
+        x_adv = TargetedAPGDAttack(Linf(eps), steps=20, halving=halving, seed=0)(spying, x, y)
+        broken = model(x_adv).argmax(1) != y
+        assert sorted(fooled) == broken.nonzero().flatten().tolist()
+        assert 5 < len(fooled) < 25
+        whole = passes[~broken].unique()
+        assert len(whole) == 1
+        assert bool((passes[broken] < whole).all())
+
+    @pytest.mark.parametrize("threat", [Linf(1e-4), L1(1e-3)])
+    def test_halving_takes_349_gradient_passes_instead_of_900(self, threat: ThreatModel, halving: bool) -> None:
+        _, model, x = _linear(classes=10, coordinates=12, size=20, seed=0)
+        x = x[(model(x).topk(2, 1).values.diff(dim=1) < -0.1).squeeze(1)]
+        y = model(x).argmax(1)
+        passes = {True: 0, False: 0}
+
+        def counting(z: Tensor) -> Tensor:
+            passes[torch.is_grad_enabled()] += len(z)
+            return model(z)
+
+        x_adv = TargetedAPGDAttack(threat, halving=halving, seed=0)(counting, x, y)
+        assert torch.equal(model(x_adv).argmax(1), y)
+        gradients, scored = (349, 1) if halving else (900, 9)
+        assert passes == {True: gradients * len(x), False: (1 + scored) * len(x)}
+
+    def test_returns_the_highest_point_of_all_visited(self, halving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, model, x = _linear(classes=6, coordinates=12, size=6, seed=0)
+        y = model(x).argmax(1)
+        ratios: list[float] = []
+
+        def spying(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+            found = targeted_dlr(logits, y, target)
+            ratios.extend(found.tolist())
+            return found
+
+        monkeypatch.setattr(iterated, "targeted_dlr", spying)
+        for row in range(6):
+            ratios.clear()
+            attack = TargetedAPGDAttack(Linf(1e-3), targets=3, steps=20, halving=halving, seed=0)
+            x_adv = attack(model, x[row : row + 1], y[row : row + 1])
+            targets = model(x[row]).argsort(descending=True)[1:4]
+            reached = targeted_dlr(model(x_adv).expand(3, 6), y[row].expand(3), targets)
+            assert reached.max().item() == pytest.approx(max(ratios[1:]), abs=1e-12)  # the first asks what it needs
+
+    def test_soft_labels_and_few_classes_are_refused(self, halving: bool, unchecked: None) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        attack = TargetedAPGDAttack(Linf(0.1), steps=2, halving=halving)
+        with pytest.raises(ValueError, match=r"targeted_dlr .*y\.argmax\(1\)"):
+            attack(model, x, soft_labels(y))
+        with pytest.raises(ValueError, match=r"targeted_dlr needs .* at least 4"):
+            attack(lambda z: model(z)[:, :3], x, y.clamp(max=2))
+        with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+            TargetedAPGDAttack(Linf(0.1), targets=0, steps=5, halving=halving)
+
+
+class TestForEvaluation:
+    """The form in which an evaluation runs an attack, of which it scores the result itself."""
+
+    @pytest.mark.parametrize("kind", [PGDAttack, APGDAttack])
+    def test_fooled_samples_leave_and_the_last_point_is_not_scored_twice(self, kind: type[IteratedAttack]) -> None:
+        form = kind(Linf(0.1), steps=7, criterion=margin).for_evaluation(5)
+        assert (form.early_stop, form.best, form.seed) == (True, False, 5)
+        assert (form.steps, form.criterion, form.threat.eps) == (7, margin, 0.1)
+        assert kind(Linf(0.1), restarts=2).for_evaluation(5).best
+
+    @pytest.mark.parametrize("name", ATTACKS)
+    def test_a_seed_of_its_own_is_kept(self, name: str) -> None:
+        assert getattr(ATTACKS[name].for_evaluation(5), "seed", 5) == 5
+        assert getattr(ATTACKS[name].seeded(5), "seed", 5) == 5
+        if name != "FGSM":
+            assert replace(ATTACKS[name], seed=3).for_evaluation(5).seed == 3
+            assert replace(ATTACKS[name], seed=0).seeded(5).seed == 0
+
+    @pytest.mark.parametrize("restarts", [1, 3])
+    @pytest.mark.parametrize("kind", [PGDAttack, APGDAttack])
+    def test_breaks_whom_any_visited_point_breaks(self, kind: type[IteratedAttack], restarts: int) -> None:
+        model, (x, y) = make_model("conv"), make_batch(60)
+        y[:40] = model(x).argmax(1)[:40]
+        broken, passes = torch.zeros(60, dtype=torch.bool), [0, 0]
+
+        def spying(z: Tensor) -> Tensor:
+            logits = model(z)
+            broken.logical_or_(logits.argmax(1) != y)
+            passes[0] += len(z)
+            return logits
+
+        def counting(z: Tensor) -> Tensor:
+            passes[1] += len(z)
+            return model(z)
+
+        attack = kind(Linf(0.05), steps=10, restarts=restarts, seed=0)
+        attack(spying, x, y)
+        x_adv = attack.for_evaluation(1)(counting, x, y)
+        assert 0.2 < broken.double().mean() < 0.9
+        assert torch.equal(model(x_adv).argmax(1) != y, broken)
+        assert passes[1] < passes[0]
+
+
+@pytest.mark.parametrize(
+    ("attack", "name"),
+    [
+        (FGSM(Linf(0.1)), "FGSM"),
+        (NFGSM(Linf(0.1), criterion=margin), "N-FGSM margin"),
+        (PGDAttack(Linf(0.1)), "PGD-10"),
+        (PGDAttack(Linf(0.1), steps=40, criterion=nn.CrossEntropyLoss(reduction="none")), "PGD-40 CrossEntropyLoss"),
+        (APGDAttack(Linf(0.1)), "APGD-CE"),
+        (APGDAttack(Linf(0.1), criterion=dlr), "APGD-DLR"),
+        (TargetedAPGDAttack(Linf(0.1)), "APGD-T"),
+        (TargetedAPGDAttack(Linf(0.1), halving=True), "APGD-T (halving)"),
+    ],
+)
+def test_a_name_says_what_is_ascended_and_how(attack: Attack, name: str) -> None:
+    assert attack.name == name
+
+
+class TestScaled:
+    @pytest.mark.parametrize("name", ATTACKS)
+    def test_is_the_attack_on_the_larger_ball(self, name: str) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        attack = _seeded(name)
+        by_hand = replace(attack, threat=attack.threat.with_eps(0.5 * attack.threat.eps))
+        assert torch.equal(attack.scaled(0.5)(model, x, y), by_hand(model, x, y))
+        assert not torch.equal(attack.scaled(0.5)(model, x, y), attack(model, x, y))
+        assert torch.equal(attack.scaled(0.0)(model, x, y), x)
+
+    def test_steps_grow_with_the_ball(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        scaled = PGDAttack(Linf(0.05), steps=3, step_size=0.02, best=False, seed=0).scaled(2.0)
+        by_hand = PGDAttack(Linf(0.1), steps=3, step_size=0.04, best=False, seed=0)
+        assert torch.equal(scaled(model, x, y), by_hand(model, x, y))
+        assert scaled.step_size == 0.04
 
 
 class TestEarlyStop:
-    def test_fooled_samples_leave_and_stay_fooled(self) -> None:
+    @pytest.mark.parametrize("kind", [PGDAttack, APGDAttack])
+    def test_fooled_samples_leave_and_stay_fooled(self, kind: type[IteratedAttack]) -> None:
         model, (x, y) = make_model("conv"), make_batch(40)
         sizes: list[int] = []
 
@@ -256,13 +690,14 @@ class TestEarlyStop:
             sizes.append(len(z))
             return model(z)
 
-        full = PGDAttack(Linf(0.3), steps=10, seed=0)(model, x, y)
-        stopped = PGDAttack(Linf(0.3), steps=10, seed=0, early_stop=True)(spying, x, y)
+        full = kind(Linf(0.3), steps=10, seed=0)(model, x, y)
+        stopped = kind(Linf(0.3), steps=10, seed=0, early_stop=True)(spying, x, y)
         assert torch.equal(model(full).argmax(1) == y, model(stopped).argmax(1) == y)
         assert sizes[-1] < sizes[0] == 40
         assert sizes == sorted(sizes, reverse=True)
 
-    def test_rows_follow_the_samples(self) -> None:
+    @pytest.mark.parametrize("search", SEARCHES)
+    def test_rows_follow_the_samples(self, search: str) -> None:
         x = torch.rand(5, 3)
         seen: list[list[int]] = []
 
@@ -270,10 +705,11 @@ class TestEarlyStop:
             seen.append(rows.tolist())
             return z.sum(1), rows == len(seen) - 1
 
-        pgd(losses_at, x, Linf(0.1), steps=3)
+        SEARCHES[search](losses_at, x, Linf(0.1), steps=3)
         assert seen == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4], [3, 4]]
 
-    def test_a_done_sample_keeps_its_point_even_if_its_loss_is_lower(self) -> None:
+    @pytest.mark.parametrize("search", SEARCHES)
+    def test_a_done_sample_keeps_its_point_even_if_its_loss_is_lower(self, search: str) -> None:
         x = torch.full((1, 2), 0.5)
         points: list[Tensor] = []
 
@@ -283,13 +719,26 @@ class TestEarlyStop:
 
         for best in (True, False):
             points.clear()
-            assert torch.equal(pgd(losses_at, x, Linf(0.1), steps=5, best=best), points[2])
+            assert torch.equal(SEARCHES[search](losses_at, x, Linf(0.1), steps=5, best=best), points[2])
 
-    def test_targeted_stops_at_the_target(self) -> None:
+    @pytest.mark.parametrize("search", SEARCHES)
+    def test_who_is_done_at_the_last_point_of_a_restart_is_not_attacked_again(self, search: str) -> None:
+        x = torch.rand(3, 4)
+        seen: list[list[int]] = []
+
+        def losses_at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(rows.tolist())
+            return z.sum(1), (rows == 1) & torch.tensor(len(seen) == 3)
+
+        SEARCHES[search](losses_at, x, Linf(0.1), steps=2, restarts=2)
+        assert seen == [[0, 1, 2]] * 3 + [[0, 2]] * 3
+
+    @pytest.mark.parametrize("kind", [PGDAttack, APGDAttack])
+    def test_targeted_stops_at_the_target(self, kind: type[IteratedAttack]) -> None:
         model, (x, y) = make_model("conv"), make_batch(40)
         target = (y + 1) % CLASSES
-        full = PGDAttack(Linf(0.3), targeted=True, seed=0)(model, x, target)
-        stopped = PGDAttack(Linf(0.3), targeted=True, early_stop=True, seed=0)(model, x, target)
+        full = kind(Linf(0.3), targeted=True, seed=0)(model, x, target)
+        stopped = kind(Linf(0.3), targeted=True, early_stop=True, seed=0)(model, x, target)
         assert torch.equal(model(full).argmax(1) == target, model(stopped).argmax(1) == target)
         assert bool((model(stopped).argmax(1) == target).any())
 
@@ -358,7 +807,7 @@ class TestNoise:
 def _seeded(name: str, **options: object) -> Attack:
     """The attack with reproducible noise, where it has any."""
     seed = {} if name == "FGSM" else {"seed": 0}
-    return type(ATTACKS[name])(ATTACKS[name].threat, **seed, **options)
+    return replace(ATTACKS[name], **seed, **options)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -385,8 +834,7 @@ class TestContracts:
         flags = [module.training for module in model.modules()]
         state = copy.deepcopy(model.state_dict())
         before = x.clone()
-        attack = type(ATTACKS[name])(ATTACKS[name].threat, mode=mode)
-        x_adv = attack(model, x, y)
+        x_adv = replace(ATTACKS[name], mode=mode)(model, x, y)
         assert [module.training for module in model.modules()] == flags
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
         assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
@@ -405,9 +853,8 @@ class TestContracts:
     def test_eval_mode_is_restored_after_an_exception(self, name: str) -> None:
         model, (x, y) = make_model("batch_norm_train"), make_batch()
         flags = [module.training for module in model.modules()]
-        attack = type(ATTACKS[name])(ATTACKS[name].threat, mode="eval", criterion=lambda logits, y: logits.mean())
-        with pytest.raises(ValueError, match="reduction"):
-            attack(model, x, y)
+        with pytest.raises(ValueError, match=f"the model has {CLASSES} classes"):
+            replace(ATTACKS[name], mode="eval")(model, x, y + CLASSES)
         assert [module.training for module in model.modules()] == flags
 
     def test_eval_mode_attacks_in_eval_mode(self, name: str) -> None:
@@ -415,6 +862,20 @@ class TestContracts:
         evaluated = copy.deepcopy(model).eval()
         attack, kept = _seeded(name, mode="eval"), _seeded(name)
         assert torch.equal(attack(model, x, y), kept(evaluated, x, y))
+
+    def test_samples_do_not_see_their_batch(self, name: str) -> None:
+        """Nor the size of their batch, nor each other's radius and bounds."""
+        model, (x, _) = make_model("conv"), make_batch(9)
+        y = model(x).argmax(1)
+        bounds = x.amin((1, 2, 3), keepdim=True) - 0.01, x.amax((1, 2, 3), keepdim=True) + 0.01
+        factors = torch.linspace(0.2, 1.0, 9, dtype=torch.float64).view(9, 1, 1, 1)
+        together = _seeded(name, bounds=bounds).scaled(factors)(model, x, y)
+        for rows in ([3], [7, 0, 4, 1, 2]):
+            some = _seeded(name, bounds=(bounds[0][rows], bounds[1][rows])).scaled(factors[rows])
+            found = some(model, x[rows], y[rows], index=torch.tensor(rows))
+            assert torch.allclose(found, together[rows], atol=1e-9)
+        alone = _seeded(name, bounds=tuple(side[3].item() for side in bounds)).scaled(factors[3].item())
+        assert torch.allclose(alone(model, x[3:4], y[3:4], index=torch.tensor([3])), together[3:4], atol=1e-9)
 
     def test_works_where_grad_is_disabled(self, name: str) -> None:
         model, (x, y) = make_model("conv"), make_batch()

@@ -123,7 +123,7 @@ def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
 
 def check_radius(eps: float | Tensor, span: float | Tensor) -> None:
     """Raise if a radius per pixel exceeds the whole range of a pixel: it is in another unit."""
-    if bool((torch.as_tensor(eps).cpu() > torch.as_tensor(span).cpu()).any()):
+    if bool((torch.as_tensor(eps).cpu() > torch.as_tensor(span).cpu() * (1 + 1e-6)).any()):  # up to rounding
         raise ValueError(
             f"eps={_brief(eps)} exceeds the whole pixel range of {_brief(span)}: it is in another unit than x. "
             "For pixels in [0, 1] write Linf(4 / 255), not Linf(4); for images that a loader normalised, Linf(4 / 255 "

@@ -80,7 +80,7 @@ def dlr(logits: Float[Tensor, "B K"], y: Int[Tensor, "B"]) -> Float[Tensor, "B"]
     """
     _check_classes("dlr", logits, y, at_least=3)
     top = logits.topk(3, 1).values
-    return (_best_other(logits, y) - _of(logits, y)) / (top[:, 0] - top[:, 2] + _TINY)
+    return (_best_other(logits, y) - _of(logits, y)) / (top[:, 0] - top[:, 2] + _tiny(logits))
 
 
 def targeted_dlr(logits: Float[Tensor, "B K"], y: Int[Tensor, "B"], target: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -99,11 +99,13 @@ def targeted_dlr(logits: Float[Tensor, "B K"], y: Int[Tensor, "B"], target: Int[
     """
     _check_classes("targeted_dlr", logits, y, at_least=4)
     top = logits.topk(4, 1).values
-    scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY
+    scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _tiny(logits)
     return (_of(logits, target) - _of(logits, y)) / scale
 
 
-_TINY = 1e-12  # keeps equal logits from dividing by 0
+def _tiny(logits: Tensor) -> float:
+    """What keeps equal logits from dividing by 0."""
+    return max(1e-12, torch.finfo(logits.dtype).tiny)
 
 
 def _of(logits: Tensor, classes: Tensor) -> Tensor:

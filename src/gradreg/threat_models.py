@@ -169,12 +169,13 @@ class Linf(ThreatModel):
         return _samples(self._stretch(at_least_float32(grad))).abs().sum(1)
 
     def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
-        return self._stretch(grad.sign())
+        signs, eps = grad.sign(), self._eps_like(grad)
+        return signs * eps if isinstance(eps, Tensor) else signs.mul_(eps)  # in place: it is a new tensor
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         eps = self._eps_like(delta)
         inside = torch.minimum(torch.maximum(delta, -eps), eps) if isinstance(eps, Tensor) else delta.clamp(-eps, eps)
-        return inside if box is None else inside.clamp(*box)
+        return inside if box is None else inside.clamp_(*box)  # in place: it is a new tensor
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
         return self._stretch(_empty(x).uniform_(-1, 1, generator=generator))

@@ -248,7 +248,7 @@ class Ascent:
         higher = losses > s.highest
         s = replace(
             s,
-            highest=torch.maximum(losses, s.highest),
+            highest=torch.where(higher, losses, s.highest),  # a loss that is NaN is not higher
             summit=_where(higher, s.delta, s.summit),
             slope=_where(higher, grad, s.slope),
             rises=s.rises + (losses > s.last) if self.taken else s.rises,
@@ -260,7 +260,8 @@ class Ascent:
             s = replace(s, rises=torch.zeros_like(s.rises))
             delta, grad = _where(back, s.summit, delta), _where(back, s.slope, grad)
         stride = self.policy.stride(search.threat, search.in_units(s.length), s.density)
-        moved = search.step(delta, grad, stride)
+        # Without regard to the box: what is pushed beyond its limit keeps its place when the projection shortens all.
+        moved = search.project(stride.ascent(grad, delta).add_(delta))
         if self.taken and self.policy.momentum:
             ahead = torch.lerp(moved, delta, self.policy.momentum).add_(delta - s.previous, alpha=self.policy.momentum)
             moved = search.project(ahead)

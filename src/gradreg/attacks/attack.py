@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradreg import checks, modes
-from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds
+from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds, check_attackable
 from gradreg.criteria import Criterion, cross_entropy
 from gradreg.gradients import outside_inference_mode
 from gradreg.threat_models import Eps, ThreatModel
@@ -77,6 +77,15 @@ class Attack(ABC):
         """
         with self._ready(model):
             return self._perturb(model, x, outside_inference_mode(y).to(x.device), index)
+
+    def check(self, x: Tensor) -> None:
+        """Raise unless x is a batch that can be attacked: finite, within the bounds, eps in its units.
+
+        Raises:
+            ValueError: If it is not.
+            TypeError: If it is in half precision, or no floating-point tensor.
+        """
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look=True)
 
     def seeded(self, seed: int) -> "Attack":
         """The attack with noise from this seed, if it draws any and has no seed of its own."""

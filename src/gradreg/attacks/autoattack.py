@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class AutoAttack(Attack):
         if y.ndim != 1:
             raise ValueError("AutoAttack compares classes, not class probabilities: use y.argmax(1).")
         package = _package()
-        with _own_random_numbers(x.device), _warnings_of_its_log():
+        with _undisturbed(x.device), _warnings_of_its_log():
             adversary = package.AutoAttack(
                 model,
                 norm=_NORMS[type(self.threat)],
@@ -132,13 +133,14 @@ def _version() -> str:
 
 
 @contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    """The package seeds PyTorch's own generators; afterwards they go on as if it had not."""
-    before = modes.random_state(device)
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """The package seeds PyTorch's own generators, and ends a debugger's trace; both then go on as if it had not."""
+    before, trace = modes.random_state(device), sys.gettrace()
     try:
         yield
     finally:
         modes.set_random_state(before, device)
+        sys.settrace(trace)
 
 
 class _Recorder(logging.Handler):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradreg import checks
-from gradreg.attacks.adaptive import Ascent, apgd, climb
+from gradreg.attacks.adaptive import Ascent, Halving, apgd, climb
 from gradreg.attacks.attack import Attack, LossAttack, Model
 from gradreg.attacks.search import LossesAt, Search, check_attackable, noise_for, pgd
 from gradreg.criteria import targeted_dlr
@@ -179,9 +179,9 @@ class TargetedAPGDAttack(Attack):
     Attributes:
         targets: How many classes to try, at most all others, in the order of their logits on x.
         steps: Gradient steps towards each.
-        halving: Try all targets of a sample side by side, and drop the half of them that came less far at each of the
-            first checkpoints of APGD. With 9 targets and 100 steps that is 349 gradient passes for a sample that
-            withstands, instead of 900. It is a weaker search: report it under its own name.
+        halving: Try all targets of a sample side by side, and drop the half of them that came less far after 22, 41
+            and 57 % of the steps. With 9 targets and 100 steps that is 349 gradient passes for a robust sample,
+            instead of 900. It is a weaker search: report it under its own name.
         seed: Makes the noise reproducible, see :func:`pgd`.
 
     Raises:
@@ -260,9 +260,9 @@ class TargetedAPGDAttack(Attack):
             noise_for(x[rows], self.threat.rows(rows, x), self.seed, of_rows, rank, every) for rank in range(lanes)
         ]
         ascent = Ascent(search, torch.stack(noise, 1).flatten(0, 1), self.steps)
-        left = lanes
+        left, rounds = lanes, Halving(self.steps).checkpoints
         while search.active.numel() and ascent.taken < self.steps:
-            if ascent.taken in ascent.policy.checkpoints and left > 1:
+            if ascent.taken in rounds and left > 1:
                 left = left // 2
                 progress = torch.full_like(search.highest, -torch.inf)
                 progress[search.active] = ascent.state.highest

@@ -178,7 +178,7 @@ class Search:
 
     def step(self, delta: Tensor, grad: Tensor, stride: ThreatModel) -> Tensor:
         """The active samples' next perturbations: further up by the ascent of ``stride``."""
-        return self.ball.project(delta + stride.ascent(grad, delta, self._box), self._box)
+        return self.ball.project(stride.ascent(grad, delta, self._box).add_(delta), self._box)
 
     def project(self, delta: Tensor) -> Tensor:
         """The active samples' perturbations, brought back into their balls and boxes."""

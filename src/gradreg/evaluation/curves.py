@@ -14,7 +14,7 @@ from gradreg import checks
 from gradreg.attacks import IteratedAttack
 from gradreg.evaluation.identity import describe
 from gradreg.evaluation.report import Cost
-from gradreg.evaluation.setting import Counted, Model, device_of, told_apart, undisturbed, unwrapped
+from gradreg.evaluation.setting import Counted, Model, check_finite, device_of, told_apart, undisturbed, unwrapped
 from gradreg.evaluation.streaming import Batch, Record, stream
 from gradreg.gradients import outside_inference_mode
 from gradreg.intervals import Proportion
@@ -254,7 +254,8 @@ class _Hunt:
         start = None if self._delta is None else self._delta[rows]
         x_adv = attack(self._model, x, y, index=self._index[rows.to(self._index.device)], start=start)
         with torch.no_grad():
-            fooled = self._model(x_adv).argmax(1) != (y if y.ndim == 1 else y.argmax(1))
+            logits = self._model(x_adv)
+        fooled = (logits.argmax(1) != (y if y.ndim == 1 else y.argmax(1))) | logits.isnan().any(1)
         if self._delta is None:
             self._delta = torch.zeros_like(self.x)
         self._delta[rows] = x_adv - x
@@ -289,10 +290,12 @@ def _curve(
     def work(batch: Batch) -> Record:
         x, y = outside_inference_mode(batch.x), outside_inference_mode(batch.y)
         distances = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        attack.check(x)
         with counted.cost() as cost:
             with torch.no_grad():
                 logits = counted(x)
             checks.check_labels(logits, y, look=True)
+            check_finite(logits)
             right = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
             if bool(right.any()):
                 index = batch.index[right.to(batch.index.device)]

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -32,51 +33,98 @@ def describe_model(model: nn.Module) -> dict[str, str]:
     tensors = [(name, value) for name, value in state if isinstance(value, Tensor)]
     others = [f"{name}={describe(value)}" for name, value in state if not isinstance(value, Tensor)]
     names = " ".join(name for name, _ in tensors)
-    structure = f"{type(model).__module__}.{type(model).__qualname__} {_without_addresses(repr(model))}"
+    structure = " ".join(f"{name}: {_describe_module(module)}" for name, module in model.named_modules())
     return {
-        "the model's structure": hashlib.blake2b(structure.encode(), digest_size=16).hexdigest(),
+        "the model's structure": _hash(structure, size=16),
         "the model's weights": _digest([value for _, value in tensors], size=16, text=" ".join([names, *others])),
     }
 
 
 def describe(value: Any) -> str:
     """A text that tells configurations apart: equal ones have the same text, in every process."""
+    return _describe(value, ())
+
+
+def _describe(value: Any, inside: tuple[int, ...]) -> str:
+    """The text of a value that is part of the values with these ids, which are not described again."""
+    if id(value) in inside:
+        return f"<{type(value).__qualname__}, {len(inside) - inside.index(id(value))} up>"
+    inside = (*inside, id(value))
+
+    def each(values: Iterable[Any]) -> list[str]:
+        return [_describe(item, inside) for item in values]
+
+    def named(values: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name}={_describe(item, inside)}" for name, item in values.items())
+
     if isinstance(value, Tensor):
         return f"tensor {value.dtype} {tuple(value.shape)} {_digest([value], size=8)}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _call(value, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, nn.Module):
         return f"{type(value).__qualname__} " + " ".join(describe_model(value).values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{type(value).__qualname__}({named(fields)})"
     if isinstance(value, functools.partial):
-        return f"partial({describe(value.func)}, {describe(value.args)}, {describe(value.keywords)})"
+        return f"partial({', '.join(each([value.func, value.args, value.keywords]))})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{describe(key)}: {describe(item)}" for key, item in value.items()) + "}"
+        return f"{{{', '.join(f'{key}: {item}' for key, item in zip(each(value), each(value.values()), strict=True))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(each(value)))}}}"
     if isinstance(value, (list, tuple)):
-        return "(" + ", ".join(describe(item) for item in value) + ")"
+        return f"({', '.join(each(value))})"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    if hasattr(value, "__code__"):
-        return f"{value.__module__}.{value.__qualname__} {_code(value)}"
-    if " object at 0x" in repr(value):
-        return _call(value, vars(value)) if hasattr(value, "__dict__") else type(value).__qualname__
+    if isinstance(value, MethodType):
+        return f"{_describe(value.__func__, inside)} of {_describe(value.__self__, inside)}"
+    if isinstance(value, FunctionType):
+        bound = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
+        parts = [_describe_code(value.__code__, inside), *each([bound, value.__defaults__, value.__kwdefaults__])]
+        return f"{value.__module__}.{value.__qualname__} {_hash(' '.join(parts), size=8)}"
+    if hasattr(value, "tobytes"):  # an array, whose repr leaves most of it out
+        return f"{type(value).__qualname__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')} " + _hash(
+            repr(value.tobytes()), size=8
+        )
+    if " object at 0x" in repr(value):  # which shows nothing but an address
+        return f"{type(value).__qualname__}({named(getattr(value, '__dict__', {}))})"
     return _without_addresses(repr(value))
 
 
-def _call(value: object, arguments: Mapping[str, Any]) -> str:
-    return f"{type(value).__qualname__}({', '.join(f'{name}={describe(item)}' for name, item in arguments.items())})"
-
-
-def _code(function: Callable[..., Any]) -> str:
+def _describe_code(code: CodeType, inside: tuple[int, ...]) -> str:
     """What tells two functions of one name apart: lambdas of one line, or an edited file."""
-    code = function.__code__
-    bound = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
-    constants = [constant for constant in code.co_consts if not hasattr(constant, "co_code")]
-    text = f"{code.co_names} {constants} {describe(bound)}"
-    return hashlib.blake2b(code.co_code + text.encode(), digest_size=8).hexdigest()
+    constants = [
+        _describe_code(constant, inside) if isinstance(constant, CodeType) else _describe(constant, inside)
+        for constant in code.co_consts
+    ]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.Size, FunctionType, BuiltinFunctionType)
+
+
+def _describe_module(module: nn.Module) -> str:
+    """A module's type, what it prints, and its plain attributes: a forward may depend on a number or a function."""
+    plain = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if name != "training" and not name.startswith("_") and isinstance(value, _PLAIN)
+    }
+    printed = _without_addresses(module.extra_repr())
+    return f"{type(module).__module__}.{type(module).__qualname__}({printed}) {describe(plain)}"
+
+
+def _is_set(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # the function refers to a name that has no value yet
+        return False
 
 
 def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _hash(text: str, *, size: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
 def _rows(tensor: Tensor) -> Iterator[bytes]:

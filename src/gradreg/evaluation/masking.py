@@ -1,7 +1,6 @@
 """Signs of gradient masking: attacks that fail because there is no gradient to follow, not because there is no way."""
 
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -12,6 +11,7 @@ from gradreg.attacks import FGSM, Attack, Bounds, PGDAttack, RandomSearch, Trans
 from gradreg.checks import GradregWarning
 from gradreg.criteria import cross_entropy, margin
 from gradreg.evaluation.report import Flag
+from gradreg.evaluation.setting import Model
 from gradreg.gradients import input_gradient
 from gradreg.threat_models import Linf, ThreatModel
 
@@ -19,7 +19,7 @@ _STEPS = 50
 
 
 def masking_checks(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
@@ -66,31 +66,50 @@ def masking_checks(
         >>> [flag.name for flag in flags if flag.raised and "zero" in flag.name]
         ['zero gradients']
     """
-    classes = y if y.ndim == 1 else y.argmax(1)
     evaluated = modes.evaluating(model) if isinstance(model, nn.Module) else nullcontext()
-    with evaluated, torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", GradregWarning)  # what they would say is what the flags say
-        flags = [*_outputs(model, x)]
-        with torch.no_grad():
-            right = model(x).argmax(1) == classes
-        if not bool(right.any()):
-            return [*flags, Flag("zero gradients", False, "not looked at: no sample is classified right")]
-        x, classes = x[right].detach(), classes[right]
-        flags.append(_zero_gradients(model, x, classes))
-        steps, withstood = _small_steps(model, x, classes, threat, bounds)
-        flags.append(steps)
-        single = FGSM(threat, bounds=bounds, out_of_bounds="clamp")
-        flags.append(_one_step(withstood, _withstands(model, single(model, x, classes), classes)))
-        others: list[Attack] = [black_box or RandomSearch(threat, bounds=bounds, out_of_bounds="clamp", seed=seed)]
-        if surrogate is not None:
-            transferred = PGDAttack(threat, steps=20, bounds=bounds, out_of_bounds="clamp", seed=seed, mode="eval")
-            others.append(TransferAttack(transferred, surrogate))
-        flags += [_black_box(attack, model, x, classes, withstood) for attack in others]
-        flags.append(_any_perturbation(model, x, classes, threat, bounds, seed))
-    return flags
+    before = modes.random_state(x.device)
+    try:
+        with evaluated, torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", GradregWarning)  # what they would say is what the flags say
+            return _flags(model, x, y if y.ndim == 1 else y.argmax(1), threat, bounds, black_box, surrogate, seed)
+    finally:
+        modes.set_random_state(before, x.device)
 
 
-def _outputs(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Flag, Flag]:
+def _flags(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    bounds: Bounds | None,
+    black_box: Attack | None,
+    surrogate: nn.Module | None,
+    seed: int,
+) -> list[Flag]:
+    flags = [*_outputs(model, x)]
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    if not bool(right.any()):
+        return [*flags, Flag("zero gradients", False, "not looked at: no sample is classified right")]
+    x, y = x[right].detach(), y[right]
+
+    def connected(z: Tensor) -> Tensor:
+        """The model, with a gradient of 0 where it has none: it may detach its input, or run without autograd."""
+        return model(z) + 0 * z.flatten(1).sum(1, keepdim=True)
+
+    flags.append(_zero_gradients(connected, x, y))
+    steps, withstood = _small_steps(connected, x, y, threat, bounds)
+    single = FGSM(threat, bounds=bounds, out_of_bounds="clamp")
+    flags += [steps, _one_step(withstood, _withstands(model, single(connected, x, y), y))]
+    search = black_box or RandomSearch(threat, bounds=bounds, out_of_bounds="clamp")
+    flags.append(_black_box(search.for_evaluation(seed), model, x, y, withstood))
+    if surrogate is not None:
+        pgd_there = PGDAttack(threat, steps=20, bounds=bounds, out_of_bounds="clamp", seed=seed, mode="eval")
+        flags.append(_black_box(TransferAttack(pgd_there, surrogate), model, x, y, withstood))
+    return [*flags, _any_perturbation(connected, x, y, threat, bounds, seed)]
+
+
+def _outputs(model: Model, x: Tensor) -> tuple[Flag, Flag]:
     with torch.no_grad():
         first, second = model(x), model(x)
     scale = first.abs().amax().clamp(min=1e-12)
@@ -113,20 +132,14 @@ def _outputs(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Flag, Flag]:
     return random, outputs
 
 
-def _zero_gradients(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Flag:
+def _zero_gradients(model: Model, x: Tensor, y: Tensor) -> Flag:
     leaf = x.clone().requires_grad_()
-    losses = cross_entropy(model(leaf.clone()), y)
-    if losses.requires_grad:
-        grad = input_gradient(losses, leaf, create_graph=False)
-        flat = int((grad.flatten(1).abs().amax(1) == 0).sum())
-    else:
-        flat = len(x)
+    grad = input_gradient(cross_entropy(model(leaf.clone()), y), leaf, create_graph=False)
+    flat = int((grad.flatten(1).abs().amax(1) == 0).sum())
     return Flag("zero gradients", flat > 0, f"{flat} of {len(x)} samples have an input gradient of exactly 0")
 
 
-def _small_steps(
-    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: ThreatModel, bounds: Bounds | None
-) -> tuple[Flag, Tensor]:
+def _small_steps(model: Model, x: Tensor, y: Tensor, threat: ThreatModel, bounds: Bounds | None) -> tuple[Flag, Tensor]:
     """The mean loss on the way of one long attack, and which samples withstood it at every step."""
     path: list[float] = []
     withstood = torch.ones_like(y, dtype=torch.bool)
@@ -137,7 +150,7 @@ def _small_steps(
         losses = cross_entropy(logits, y[rows])
         path.append(losses.detach().double().mean().item())
         withstood = withstood & (logits.detach().argmax(1) == y)
-        return losses if losses.requires_grad else losses + 0 * z.flatten(1).sum(1)
+        return losses
 
     pgd(
         losses_at,
@@ -168,7 +181,7 @@ def _one_step(withstood: Tensor, withstood_one: Tensor) -> Flag:
     )
 
 
-def _black_box(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, withstood: Tensor) -> Flag:
+def _black_box(attack: Attack, model: Model, x: Tensor, y: Tensor, withstood: Tensor) -> Flag:
     x_adv = attack(model, x, y, index=torch.arange(len(x)))
     fooled = int((withstood & ~_withstands(model, x_adv, y)).sum())
     return Flag(
@@ -179,7 +192,7 @@ def _black_box(attack: Attack, model: Callable[[Tensor], Tensor], x: Tensor, y: 
 
 
 def _any_perturbation(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
@@ -206,6 +219,6 @@ def _any_perturbation(
     )
 
 
-def _withstands(model: Callable[[Tensor], Tensor], x_adv: Tensor, y: Tensor) -> Tensor:
+def _withstands(model: Model, x_adv: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x_adv).argmax(1) == y

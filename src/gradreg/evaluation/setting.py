@@ -28,6 +28,7 @@ class Counted(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
+        self.training = False  # its own flag: an attack that gives back the mode it found must find this one
         self.model = model
         self.forward_passes = 0
         self.backward_passes = 0
@@ -58,6 +59,15 @@ class Counted(nn.Module):
 
     def _count_backward(self, grad: Tensor) -> None:
         self.backward_passes += grad.shape[0]
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise if the model returned NaN for a clean sample: argmax would take that for a class."""
+    if bool(logits.isnan().any()):
+        raise RuntimeError(
+            f"The model's logits of {int(logits.isnan().any(1).sum())} of {len(logits)} clean samples are NaN. Look at "
+            "its weights, its normalisation and its precision."
+        )
 
 
 def unwrapped(model: Model) -> Model:

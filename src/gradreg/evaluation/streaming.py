@@ -5,6 +5,8 @@ it, or when. So a run that was killed and resumed, and one that was shared by se
 of one that was neither.
 """
 
+import glob
+import hashlib
 import itertools
 import json
 import os
@@ -83,11 +85,12 @@ def stream(
         ledger, first, batches = ranks.together(lambda: _open(loader, state, about, ranks))
         ranks.agree(first.samples)
 
-        def finish() -> int:
-            total = 0
+        def finish() -> tuple[int, str]:
+            total, read = 0, hashlib.blake2b(digest_size=16)
             with _bar(loader, ledger, title, progress and ranks.rank == 0) as bar:
                 for batch in itertools.chain([first], batches):
                     total += 1
+                    read.update("".join(batch.samples).encode())
                     if ledger.holds(batch):
                         continue
                     if batch.number % ranks.size == ranks.rank:
@@ -95,9 +98,10 @@ def stream(
                         bar.set_postfix_str(ledger.summary())
                     bar.update()
             ledger.check_end(total)
-            return total
+            return total, read.hexdigest()
 
-        total = ranks.together(finish)
+        total, read = ranks.together(finish)
+        ranks.agree((total, read))
         records: dict[int, Record] = {}
         for found in ranks.gather(ledger.records):
             records |= found
@@ -158,9 +162,9 @@ class Ranks:
                 raise RuntimeError(f"Rank {rank} failed, so that this rank stops too: {message}")
         return cast("Result", result)
 
-    def agree(self, samples: list[str]) -> None:
-        """Raise, in every rank, unless all read the same first batch."""
-        found = self.gather(samples)
+    def agree(self, read: Any) -> None:
+        """Raise, in every rank, unless what was read is the same in all."""
+        found = self.gather(read)
         if any(other != found[0] for other in found):
             raise RuntimeError(
                 "The processes read different data: every rank has to be given the whole loader, in the same order "
@@ -180,7 +184,7 @@ class Ledger:
         self._path = path
         if path is None:
             return
-        for file in sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}")) + [path] * path.exists():
+        for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}")) + [path] * path.exists():
             content = read_state(file, KIND, VERSION)
             _check_about(file, content["about"], about)
             self.records |= {int(number): record for number, record in content["batches"].items()}

@@ -14,7 +14,7 @@ from gradreg.attacks import FGSM, Attack, IteratedAttack
 from gradreg.evaluation.identity import describe
 from gradreg.evaluation.masking import masking_checks
 from gradreg.evaluation.report import MASKING, RIGHT, SPARED, WRONG, Cost, Flag, RobustnessReport
-from gradreg.evaluation.setting import Counted, Model, device_of, told_apart, undisturbed, unwrapped
+from gradreg.evaluation.setting import Counted, Model, check_finite, device_of, told_apart, undisturbed, unwrapped
 from gradreg.evaluation.streaming import Batch, Record, stream
 from gradreg.gradients import outside_inference_mode
 
@@ -110,9 +110,14 @@ def _verdicts(
     costs: dict[str, Cost] = {}
     flags: list[Flag] = []
     x, y = outside_inference_mode(batch.x), outside_inference_mode(batch.y)
+    checks.finite_range(x)
+    for attack in attacks.values():
+        if isinstance(attack, Attack):
+            attack.check(x)  # also those who are misclassified: data in another unit make most samples so
     with model.cost() as costs["clean"], torch.no_grad():
         logits = model(x)
         checks.check_labels(logits, y, look=True)
+        check_finite(logits)
         classes = y if y.ndim == 1 else y.argmax(1)
         clean = logits.argmax(1) == classes
     found = {"clean": _text(clean)}
@@ -124,7 +129,8 @@ def _verdicts(
             if len(rows):
                 x_adv = _attacked(attack, model, x[rows], y[rows], batch.index[rows.to(batch.index.device)])
                 with torch.no_grad():
-                    withstood = model(x_adv).argmax(1) == classes[rows]
+                    attacked = model(x_adv)
+                withstood = (attacked.argmax(1) == classes[rows]) & ~attacked.isnan().any(1)
                 robust[rows[~withstood]] = False
                 for row, verdict in zip(rows.tolist(), _text(withstood), strict=True):
                     verdicts[row] = verdict
@@ -151,7 +157,15 @@ def _attacked(attack: AttackLike, model: Counted, x: Tensor, y: Tensor, index: T
             raise RuntimeError(f"The attack {attack!r} returned no finite tensor of the shape {tuple(x.shape)} of x.")
         return x_adv.detach()
     x_adv = attack(model, x, y, index=index)
-    origin = x if attack.bounds is None else x.clamp(*(torch.as_tensor(side).to(x) for side in attack.bounds))
+    origin = x
+    if attack.bounds is not None:
+        low, high = (torch.as_tensor(side).to(x) for side in attack.bounds)
+        origin = x.clamp(low, high)
+        if bool(((x_adv < low) | (x_adv > high)).any()):
+            raise RuntimeError(
+                f"The attack {attack.name} left its bounds {attack.bounds}: it returned values from "
+                f"{x_adv.min().item():.4g} to {x_adv.max().item():.4g}. Its verdicts would be worth nothing."
+            )
     delta = x_adv - origin
     size = attack.threat.norm(delta)
     if not bool((size <= 1 + 1e-3).all()):
@@ -183,14 +197,12 @@ def _report(
 def _order_flags(report: RobustnessReport, attacks: Mapping[str, AttackLike]) -> list[Flag]:
     """Signs of masking in the verdicts themselves: attacks that should be weaker and were not."""
     flags, results = [], report.attacks
-    with_gradients = False
-    for name, attack in attacks.items():
-        if not isinstance(attack, Attack):
-            continue
-        if attack.uses_gradients:
-            with_gradients = True
-        elif with_gradients:
-            broken = results[name].broken if results[name].alone is None else _only(report, name)
+    known = {name: attack for name, attack in attacks.items() if isinstance(attack, Attack)}
+    with_gradients = [report.verdicts[name] for name, attack in known.items() if attack.uses_gradients]
+    for name, attack in known.items():
+        if with_gradients and not attack.uses_gradients:
+            rows = zip(report.verdicts[name], *with_gradients, strict=True)
+            broken = sum(mine == WRONG and WRONG not in theirs for mine, *theirs in rows)
             flags.append(
                 Flag(
                     "black box beats white box",
@@ -211,14 +223,6 @@ def _order_flags(report: RobustnessReport, attacks: Mapping[str, AttackLike]) ->
                     )
                 )
     return flags
-
-
-def _only(report: RobustnessReport, name: str) -> int:
-    """How many samples one attack alone fooled."""
-    others = [verdicts for other, verdicts in report.verdicts.items() if other not in ("clean", name)]
-    return sum(
-        mine == WRONG and WRONG not in theirs for mine, *theirs in zip(report.verdicts[name], *others, strict=True)
-    )
 
 
 def _described(attack: AttackLike) -> str:
