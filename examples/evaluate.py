@@ -195,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--curve", type=int, default=20, help="radii of the curve, up to twice the largest eps; 0: none"
     )
     parser.add_argument("--curve-steps", type=int, default=20, help="of the PGD that draws the curve")
+    parser.add_argument("--masking", type=int, default=32, help="images on which to look for masked gradients; 0: none")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0)
@@ -223,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     state = args.output / "state.json"
-    report = evaluate(model, loader, attacks, seed=args.seed, state=state, device=device)
+    report = evaluate(model, loader, attacks, seed=args.seed, masking=args.masking, state=state, device=device)
     report.about["command"] = shlex.join(["python", "examples/evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     curve = None
     if args.curve:

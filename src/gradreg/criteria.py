@@ -125,5 +125,5 @@ def _check_classes(name: str, logits: Tensor, y: Tensor, at_least: int) -> None:
     if logits.ndim != 2 or logits.shape[1] < at_least:
         raise ValueError(
             f"{name} needs logits of shape (B, K) with K of at least {at_least}, got shape {tuple(logits.shape)}. With "
-            "fewer classes use margin or cross_entropy."
+            f"fewer classes use {'margin or ' if at_least > 2 else ''}cross_entropy."
         )

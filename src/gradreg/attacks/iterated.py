@@ -10,7 +10,7 @@ from torch import Tensor
 from gradreg import checks
 from gradreg.attacks.adaptive import Ascent, Halving, apgd, climb
 from gradreg.attacks.attack import Attack, LossAttack, Model
-from gradreg.attacks.search import LossesAt, Search, check_attackable, noise_for, pgd
+from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, noise_for, pgd
 from gradreg.criteria import targeted_dlr
 from gradreg.gradients import outside_inference_mode
 from gradreg.threat_models import Eps, rows_of
@@ -213,6 +213,7 @@ class TargetedAPGDAttack(Attack):
         return "APGD-T (halving)" if self.halving else "APGD-T"
 
     def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+        check_index("TargetedAPGDAttack", x, self.seed, index)
         look = checks.may_look(self, x, validate=False)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         with torch.no_grad():

@@ -167,7 +167,7 @@ class Search:
         losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place
         if not losses.requires_grad:
             raise RuntimeError(
-                "pgd: the losses do not depend on the input. The model detaches it, or runs its forward under "
+                "The losses do not depend on the input. The model detaches it, or runs its forward under "
                 "torch.no_grad()."
             )
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
@@ -252,7 +252,7 @@ class Search:
         check_scores(losses, z)
         if done is not None and (done.dtype != torch.bool or done.shape != losses.shape):
             raise ValueError(
-                f"pgd: done says of each sample whether it leaves, bool of shape {tuple(losses.shape)}; got "
+                f"done says of each sample whether it leaves, bool of shape {tuple(losses.shape)}; got "
                 f"{done.dtype} of shape {tuple(done.shape)}."
             )
         return losses, done
@@ -260,7 +260,7 @@ class Search:
     def _check_ascent(self, losses: Tensor, grad: Tensor) -> None:
         if bool(losses.isnan().any()):
             raise RuntimeError(
-                f"pgd: the losses of {int(losses.isnan().sum())} samples are NaN, so that there is nothing to ascend. "
+                f"The losses of {int(losses.isnan().sum())} samples are NaN, so that there is nothing to ascend. "
                 "Look at the model's logits on clean inputs."
             )
         if not bool(grad.any()):
@@ -310,6 +310,11 @@ def check_search(
         raise ValueError(
             f"{name}: several restarts need best=True, to choose among them, and random_start=True, to differ."
         )
+    check_index(name, x, seed, index)
+
+
+def check_index(name: str, x: Tensor, seed: int | None, index: Tensor | None) -> None:
+    """Raise unless positions, if there are any, are one for each sample, and a seed makes noise of them."""
     if index is not None and (seed is None or index.shape != x.shape[:1]):
         raise ValueError(
             f"{name}: index holds one position per sample, shape ({len(x)},), for the noise of a seed; got shape "

@@ -161,7 +161,8 @@ def _attacked(attack: AttackLike, model: Counted, x: Tensor, y: Tensor, index: T
     if attack.bounds is not None:
         low, high = (torch.as_tensor(side).to(x) for side in attack.bounds)
         origin = x.clamp(low, high)
-        if bool(((x_adv < low) | (x_adv > high)).any()):
+        slack = 1e-6 * (high - low)  # as an input has it
+        if bool(((x_adv < low - slack) | (x_adv > high + slack)).any()):
             raise RuntimeError(
                 f"The attack {attack.name} left its bounds {attack.bounds}: it returned values from "
                 f"{x_adv.min().item():.4g} to {x_adv.max().item():.4g}. Its verdicts would be worth nothing."
