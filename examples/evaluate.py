@@ -201,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/evaluate"), help="folder to write into")
     args = parser.parse_args(argv)
+    if not (args.pretrained or args.checkpoint):
+        parser.error("give --pretrained or --checkpoint: without either the weights are random")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("gloo")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -208,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     )
 
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     model, config = load_model(args)
     classes = model.model.num_classes
     transform = timm.data.create_transform(**{**config, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
@@ -232,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         attack = PGDAttack(NORMS[args.norm](max(args.eps) / unit), steps=args.curve_steps)
         state = args.output / "curve_state.json"
         curve = accuracy_curve(model, loader, attack, radii, seed=args.seed, state=state, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", "0")) > 0:
         return
     title = f"{args.model}, {args.norm}, {report.n} images of {args.data.name}, seed {args.seed}"

@@ -387,3 +387,21 @@ def test_configurations_are_frozen_and_say_what_they_are(attack: Attack) -> None
     with pytest.raises(AttributeError):
         attack.threat = Linf(1.0)
     assert attack.seeded(7).threat is attack.threat
+
+
+def test_a_list_of_attacks_is_as_good_as_a_tuple() -> None:
+    square, both = (AutoAttack(Linf(0.1), attacks=attacks) for attacks in (["square"], ["square", "apgd-ce"]))
+    assert not square.uses_gradients
+    assert both.uses_gradients
+    assert AutoAttack(Linf(0.1)).uses_gradients
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_random_search_looks_at_what_it_is_given() -> None:
+    x, y = torch.rand(3, 2, 6, 6), torch.tensor([0, 1, 9])
+    with pytest.raises(ValueError, match="the model has 4 classes"):
+        RandomSearch(Linf(0.1))(lambda z: z.flatten(1)[:, :4], x, y)
+    with pytest.raises(TypeError, match="Wrap the model in a module"):
+        RandomSearch(Linf(0.1))(lambda z: (z, z), x, y)
+    with pytest.raises(ValueError, match="one position per sample"):
+        RandomSearch(Linf(0.1), seed=0)(lambda z: z.flatten(1)[:, :4], x, y, index=torch.arange(2))

@@ -1072,7 +1072,7 @@ class TestResume:
             ("attack", "attack 'PGD-4'", "the model"),
             ("more attacks", "attack 'FGSM': recorded None", "attack 'PGD-4'"),
             ("seed", "seed=0.* now .*seed=1", "the model"),
-            ("early exit", "early_exit=True.* now early_exit=False", "the model"),
+            ("early exit", "early_exit=True.* now .*early_exit=False", "the model"),
             ("masking", "masking=0.* now .*masking=3", "the model"),
         ],
     )
@@ -1270,3 +1270,90 @@ class TestBadInput:
         self._fails(RuntimeError, r"WORLD_SIZE is 2, but .*init_process_group\(\)", [(x, y)])
         monkeypatch.setenv("WORLD_SIZE", "1")
         assert evaluate(labelled()[0], [(x, y)], stay, **QUIET).n == 23
+
+
+class TestWhatMayBeCompared:
+    """An attack is held against another only where both may do the same, and only on samples that both were run on."""
+
+    def test_a_search_before_the_attack_with_gradients(self) -> None:
+        model, x, y = labelled()
+        attacks = {"search": RandomSearch(Linf(0.2), queries=12), "apgd": APGDAttack(Linf(0.2), steps=20)}
+        report = evaluate(model, batches(x, y, 7), attacks, **QUIET)
+        assert report.attacks["search"].broken > 0
+        assert not report.raised
+
+    def test_other_radii(self) -> None:
+        model, x, y = labelled()
+        attacks = {"small": PGDAttack(Linf(0.01)), "one step": FGSM(Linf(0.2)), "search": RandomSearch(Linf(0.2))}
+        report = evaluate(model, batches(x, y, 7), attacks, early_exit=False, **QUIET)
+        assert report.attacks["one step"].broken > report.attacks["small"].broken
+        assert [flag.name for flag in report.flags] == [TestFlags.BLACK_BOX]  # the search and the step of one radius
+        assert not report.raised
+
+
+class TestOfBatches:
+    def test_attacks_of_others_draw_the_same_numbers_after_an_interruption(self, tmp_path: Path) -> None:
+        model, x, y = labelled()
+
+        def noisy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return (x + 0.3 * torch.rand_like(x)).clamp(0, 1)
+
+        def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+            yield from list(batches(x, y, 7))[:2]
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, interrupted(), noisy, state=tmp_path / "state.json", **QUIET)
+        torch.manual_seed(5)
+        resumed = evaluate(model, batches(x, y, 7), noisy, state=tmp_path / "state.json", **QUIET)
+        assert resumed.verdicts == evaluate(model, batches(x, y, 7), noisy, **QUIET).verdicts
+        assert 0 < resumed.worst_case.count < resumed.clean.count
+
+    def test_the_order_of_attacks_is_a_part_of_the_state(self, tmp_path: Path) -> None:
+        model, x, y = labelled()
+        attacks = {"fgsm": FGSM(Linf(0.1)), "pgd": PGDAttack(Linf(0.1), steps=2)}
+        evaluate(model, batches(x, y, 7), attacks, state=tmp_path / "state.json", **QUIET)
+        reverse = dict(reversed(attacks.items()))
+        with pytest.raises(StateError, match="attacks="):
+            evaluate(model, batches(x, y, 7), reverse, state=tmp_path / "state.json", **QUIET)
+
+    def test_a_gap_before_other_data_is_not_filled_with_them(self, tmp_path: Path) -> None:
+        model, x, y = labelled()
+        state = tmp_path / "state.json"
+        evaluate(model, batches(x, y, 7), FGSM(Linf(0.1)), state=state, **QUIET)
+        content = json.loads(state.read_text())
+        del content["batches"]["0"]
+        state.write_text(json.dumps(content))
+        with pytest.raises(StateError, match="other data"):
+            evaluate(model, batches(x.flip(0), y.flip(0), 7), FGSM(Linf(0.1)), state=state, **QUIET)
+        assert json.loads(state.read_text()) == content
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_one_radius_for_each_sample_is_refused(self) -> None:
+        model, x, y = labelled()
+        attack = FGSM(Linf(torch.full((23, 1, 1, 1), 0.1, dtype=torch.float64)))
+        with pytest.raises(ValueError, match="belongs to one batch"):
+            evaluate(model, [(x, y)], attack, **QUIET)
+
+    def test_a_warning_is_said_once(self) -> None:
+        model, x, y = labelled()
+
+        def warning(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+            warnings.warn("once is enough", GradregWarning, stacklevel=1)
+            return x
+
+        with pytest.warns(GradregWarning) as caught:
+            report = evaluate(model, batches(x, y, 7), warning, **QUIET)
+        assert len(caught) == len(report.raised) == 1
+
+    def test_functions_get_autograd_where_it_is_off(self) -> None:
+        model, x, y = labelled()
+
+        def sign(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+            leaf = x.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
+            return (x + 0.02 * grad.sign()).clamp(0, 1)
+
+        expected = evaluate(model, [(x, y)], sign, **QUIET)
+        with torch.no_grad():
+            assert evaluate(model, [(x, y)], sign, **QUIET).verdicts == expected.verdicts

@@ -118,3 +118,16 @@ class TestReading:
             RobustnessCurve.load(tmp_path / "report.json")
         with pytest.raises(StateError, match=r"curve\.json is no file of gradreg robustness report"):
             RobustnessReport.load(tmp_path / "curve.json")
+
+
+def test_a_file_without_its_fields_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"kind": "things", "version": 1, "one": 1}')
+    assert read_state(tmp_path / "state.json", "things", 1, ("one",))["one"] == 1
+    with pytest.raises(StateError, match="holds no two"):
+        read_state(tmp_path / "state.json", "things", 1, ("one", "two"))
+
+
+def test_others_may_read_it_as_any_file(tmp_path: Path) -> None:
+    (tmp_path / "any").write_text("")
+    write_atomically(tmp_path / "state.json", "{}")
+    assert (tmp_path / "state.json").stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.umask(mask := os.umask(0))
+        os.chmod(name, 0o666 & ~mask)  # as any file is made; a temporary one is for its owner alone
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -36,8 +39,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.close(folder)
 
 
-def read_state(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """The content of a state file of a kind.
+def read_state(path: Path, kind: str, version: int, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a state file of a kind, in which these fields have to be.
 
     Raises:
         StateError: If it is damaged, of another kind or of another version.
@@ -56,4 +59,6 @@ def read_state(path: Path, kind: str, version: int) -> dict[str, Any]:
             f"{path} was written in version {content.get('version')} of its format, and this is version {version}. Go "
             "on with the release that wrote it, or name another file to begin anew."
         )
+    if missing := [field for field in fields if field not in content]:
+        raise StateError(f"{path} is damaged: it holds no {', '.join(missing)}. It was not changed. Name another file.")
     return content

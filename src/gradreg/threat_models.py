@@ -111,7 +111,7 @@ class ThreatModel(ABC):
 
     def scaled(self, factor: Eps) -> "ThreatModel":
         """The ball of the same norm, its radius multiplied by factor."""
-        return self.with_eps(self.eps * factor)
+        return self.with_eps(times(self.eps, factor))
 
     def rows(self, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]) -> "ThreatModel":
         """The threat model of some samples of the batch x: follows a per-sample eps, leaves any other as it is."""
@@ -342,6 +342,13 @@ def rows_of(value: Value, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]
     if isinstance(value, Tensor) and value.ndim == x.ndim and value.shape[0] == x.shape[0]:
         return value[rows.to(value.device) if isinstance(rows, Tensor) else rows]
     return value
+
+
+def times(value: Eps, factor: Eps) -> Eps:
+    """The product, on the device of the factor."""
+    if isinstance(value, Tensor) and isinstance(factor, Tensor):
+        return value.to(factor.device) * factor
+    return value * factor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from gradreg import Linf, PGDAttack, RandomSearch, RobustnessReport, accuracy_cu
 
 RANKS = 2
 SAMPLES, BATCH = 47, 5  # ten batches, the last of two samples
-ATTACKS = {"pgd": PGDAttack(Linf(0.03), steps=3), "search": RandomSearch(Linf(0.08), queries=10)}
+ATTACKS = {"pgd": PGDAttack(Linf(0.03), steps=3), "search": RandomSearch(Linf(0.03), queries=10)}
 attacked: list[int] = []  # how many samples PGD was run on, batch by batch
 _ascend = PGDAttack._ascend
 

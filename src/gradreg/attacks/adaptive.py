@@ -220,7 +220,7 @@ class Ascent:
         """One step of all active samples; those who are done leave before it."""
         search = self._search
         losses, done, grad = search.slope(self.state.delta)
-        if done is not None and bool(done.any()):
+        if done is not None:
             search.record(losses, done, self.state.delta)
             losses, grad = search.leave(done, losses, grad)
             self.state = self.state.rows(~done)

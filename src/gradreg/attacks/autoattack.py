@@ -4,7 +4,7 @@ import importlib
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
@@ -50,11 +50,12 @@ class AutoAttack(Attack):
     """
 
     version: Literal["standard", "plus", "rand", "custom"] = field(default="standard", kw_only=True)
-    attacks: tuple[str, ...] = field(default=(), kw_only=True)
+    attacks: Sequence[str] = field(default=(), kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "attacks", tuple(self.attacks))
         if self.attacks and self.version == "standard":
             object.__setattr__(self, "version", "custom")
         if self.version not in ("standard", "plus", "rand", "custom") or (self.version == "custom") != bool(
@@ -84,7 +85,8 @@ class AutoAttack(Attack):
         return self.attacks != ("square",)
 
     def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, checks.may_look(self, x, validate=False))
+        look = checks.may_look(self, x, validate=False)
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         if y.ndim != 1:
             raise ValueError("AutoAttack compares classes, not class probabilities: use y.argmax(1).")
         package = _package()
@@ -101,7 +103,7 @@ class AutoAttack(Attack):
             with torch.no_grad():
                 logits = model(x)
             checks.check_logits(logits)
-            checks.check_labels(logits, y, look=checks.may_look(self, x, validate=False))
+            checks.check_labels(logits, y, look=look)
             self._fit_to_classes(adversary, logits.shape[1])
             x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=len(x))
         return x_adv.detach()

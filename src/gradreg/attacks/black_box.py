@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradreg import checks
 from gradreg.attacks.attack import Attack, Model
-from gradreg.attacks.search import Search, check_attackable, generator_of
+from gradreg.attacks.search import Search, check_attackable, check_index, generator_of
 from gradreg.criteria import margin
 from gradreg.gradients import outside_inference_mode
 from gradreg.threat_models import ThreatModel
@@ -58,10 +58,15 @@ class RandomSearch(Attack):
         return False
 
     def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, checks.may_look(self, x, validate=False))
+        check_index("RandomSearch", x, self.seed, index)
+        look = checks.may_look(self, x, validate=False)
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
 
         def losses_at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            losses = margin(model(z), y[rows])
+            logits, labels = model(z), y[rows]
+            checks.check_logits(logits)
+            checks.check_labels(logits, labels, look=look)
+            losses = margin(logits, labels)
             return losses, losses > 0
 
         search = Search(losses_at, x, self.threat, self.bounds, best=True, look=False)

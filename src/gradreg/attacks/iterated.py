@@ -13,7 +13,7 @@ from gradreg.attacks.attack import Attack, LossAttack, Model
 from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, noise_for, pgd
 from gradreg.criteria import targeted_dlr
 from gradreg.gradients import outside_inference_mode
-from gradreg.threat_models import Eps, rows_of
+from gradreg.threat_models import Eps, rows_of, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,8 @@ class IteratedAttack(LossAttack):
             index: With a seed, the position of each sample in its data set.
             start: Perturbations to start at, in the place of the first random start.
         """
+        if start is None:
+            return super().__call__(model, x, y, index=index)
         with self._ready(model):
             y = outside_inference_mode(y).to(x.device)
             return self._ascend(self._losses_at(model, x, y), x, index, start)
@@ -108,7 +110,7 @@ class PGDAttack(IteratedAttack):
         return f"PGD-{self.steps} {self._loss_name()}".strip()
 
     def scaled(self, factor: Eps) -> "PGDAttack":
-        step_size = None if self.step_size is None else self.step_size * factor
+        step_size = None if self.step_size is None else times(self.step_size, factor)
         return replace(self, threat=self.threat.scaled(factor), step_size=step_size)
 
     def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:

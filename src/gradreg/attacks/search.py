@@ -159,7 +159,7 @@ class Search:
         return self.ball.project(start[self.active], self._box)
 
     def slope(self, delta: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Losses of the active samples at their perturbations, who of them is done, and the gradient.
+        """Losses of the active samples at their perturbations, who of them is done (None: nobody), and the gradient.
 
         The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
         """
@@ -186,7 +186,7 @@ class Search:
 
     def leave(self, done: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Take those who are done out of play; returns the tensors' rows of the others."""
-        if done is None or not bool(done.any()):
+        if done is None:
             return tensors
         self.done[self.active[done]] = True
         self.retire(done)
@@ -204,7 +204,7 @@ class Search:
 
     def record(self, losses: Tensor, done: Tensor | None, delta: Tensor) -> None:
         """Keep the points that beat all before; one that is done beats any."""
-        if not self.best and (done is None or not bool(done.any())):
+        if not self.best and done is None:
             return
         rows, losses = self.active, losses.to(self.highest.dtype)
         better = losses > self.highest[rows] if self.best else torch.zeros_like(losses, dtype=torch.bool)
@@ -255,7 +255,8 @@ class Search:
                 f"done says of each sample whether it leaves, bool of shape {tuple(losses.shape)}; got "
                 f"{done.dtype} of shape {tuple(done.shape)}."
             )
-        return losses, done
+        # Asked once: on a GPU the answer has to be waited for.
+        return losses, done if done is not None and bool(done.any()) else None
 
     def _check_ascent(self, losses: Tensor, grad: Tensor) -> None:
         if bool(losses.isnan().any()):

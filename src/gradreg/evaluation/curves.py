@@ -14,7 +14,18 @@ from gradreg import checks
 from gradreg.attacks import IteratedAttack
 from gradreg.evaluation.identity import describe
 from gradreg.evaluation.report import Cost
-from gradreg.evaluation.setting import Counted, Model, check_finite, device_of, told_apart, undisturbed, unwrapped
+from gradreg.evaluation.setting import (
+    Counted,
+    Model,
+    check_finite,
+    check_one_radius,
+    device_of,
+    installed_version,
+    seed_for,
+    told_apart,
+    undisturbed,
+    unwrapped,
+)
 from gradreg.evaluation.streaming import Batch, Record, stream
 from gradreg.gradients import outside_inference_mode
 from gradreg.intervals import Proportion
@@ -34,7 +45,7 @@ class RobustnessCurve:
         samples: What each sample is told by, in the order of the loader.
         distances: The radius of every sample, in the units of the attack's eps: 0 if it is misclassified without an
             attack, infinite if no attack that was tried fooled it.
-        eps: The radii asked for, in ascending order; accuracies are known between none of them.
+        eps: The radii asked for, in ascending order. Between them, and beyond the largest, accuracy is an upper bound.
         cost: Seconds, added over processes; forward and backward passes, one for each sample of each batch.
         about: Model, attack and settings, as texts.
     """
@@ -87,7 +98,7 @@ class RobustnessCurve:
         Raises:
             StateError: If the file is damaged or no curve.
         """
-        content = read_state(Path(path), KIND, VERSION)
+        content = read_state(Path(path), KIND, VERSION, ("samples", "distances", "eps", "cost", "about"))
         distances = [math.inf if distance is None else distance for distance in content["distances"]]
         return cls(content["samples"], distances, content["eps"], content["cost"], content["about"])
 
@@ -203,6 +214,8 @@ def minimal_distortion(
         low = torch.zeros(len(hunt.x), dtype=torch.float64, device=hunt.x.device)  # withstood
         high = torch.full_like(low, torch.inf)  # fooled
         for doubling in range(doublings + 1):
+            if doubling and unit_of(attack) * 2 ** (doubling - 1) >= hunt.reach:
+                break  # that was everything
             rows = high.isinf().nonzero().squeeze(1)
             radius = torch.full_like(low[rows], min(unit_of(attack) * 2**doubling, hunt.reach))
             _narrow(hunt, low, high, rows, radius)
@@ -281,15 +294,17 @@ def _curve(
         raise ValueError("The attack's own eps is 0, which is no unit to measure distances in.")
     inner = unwrapped(model)
     attack = attack.for_evaluation(seed)
-    about = {"curve": f"{setting}, seed={seed}", "attack": describe(attack)}
+    about = {"gradreg": installed_version(), "curve": f"{setting}, seed={seed}", "attack": describe(attack)}
     if state is not None:
         about |= told_apart(inner)
     place = torch.device(device) if device is not None else device_of(inner)
     counted = Counted(inner)
 
     def work(batch: Batch) -> Record:
+        seed_for(batch, seed)
         x, y = outside_inference_mode(batch.x), outside_inference_mode(batch.y)
         distances = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        check_one_radius(attack.threat, x)
         attack.check(x)
         with counted.cost() as cost:
             with torch.no_grad():

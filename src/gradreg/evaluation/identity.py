@@ -103,10 +103,11 @@ _PLAIN = (bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.Si
 
 def _describe_module(module: nn.Module) -> str:
     """A module's type, what it prints, and its plain attributes: a forward may depend on a number or a function."""
+    compiled = type(module).__module__.startswith("torch._dynamo")  # whose attributes change at the first call
     plain = {
         name: value
         for name, value in sorted(vars(module).items())
-        if name != "training" and not name.startswith("_") and isinstance(value, _PLAIN)
+        if not compiled and name != "training" and not name.startswith("_") and isinstance(value, _PLAIN)
     }
     printed = _without_addresses(module.extra_repr())
     return f"{type(module).__module__}.{type(module).__qualname__}({printed}) {describe(plain)}"

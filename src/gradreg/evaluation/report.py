@@ -211,7 +211,7 @@ class RobustnessReport:
         Raises:
             StateError: If the file is damaged or no report.
         """
-        content = read_state(Path(path), KIND, VERSION)
+        content = read_state(Path(path), KIND, VERSION, ("samples", "verdicts", "costs", "flags", "about"))
         flags = [Flag(**flag) for flag in content["flags"]]
         return cls(content["samples"], content["verdicts"], content["costs"], flags, content["about"])
 

@@ -1,5 +1,6 @@
 """The model under evaluation: unwrapped, undisturbed, and with everything counted that is asked of it."""
 
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from gradreg import checks, modes
 from gradreg.evaluation.identity import describe_model
 from gradreg.evaluation.report import Cost
-from gradreg.evaluation.streaming import Ranks
+from gradreg.evaluation.streaming import Batch, Ranks
+from gradreg.threat_models import ThreatModel
 from gradreg.wrappers import is_sharded
 
 Model = Callable[[Tensor], Tensor]
@@ -96,15 +98,39 @@ def told_apart(model: Model) -> dict[str, str]:
     return describe_model(model)
 
 
-def device_of(model: Model) -> torch.device:
-    """Where the model's first parameter or buffer is."""
+def device_of(model: Model) -> torch.device | None:
+    """Where the model's first parameter or buffer is; None for a function, whose tensors cannot be seen."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return tensors[0].device if tensors else torch.device("cpu")
+    return tensors[0].device if tensors else None
+
+
+def installed_version() -> str:
+    """Of this library: another one may attack in another way."""
+    try:
+        return importlib.metadata.version("gradreg")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def seed_for(batch: Batch, seed: int) -> None:
+    """Seed PyTorch's own generators, from which attacks of others and random models draw, for one batch."""
+    torch.manual_seed((seed * 2**32 + batch.number) % 2**63)
+
+
+def check_one_radius(threat: ThreatModel, x: Tensor) -> None:
+    """Raise if eps is one for each sample, which would be those of one batch."""
+    eps = threat.eps
+    if isinstance(eps, Tensor) and eps.ndim == x.ndim and eps.shape[0] > 1:
+        raise ValueError(
+            f"eps of shape {tuple(eps.shape)} is one radius per sample, and belongs to one batch. Give one, or one "
+            "per channel, (C, 1, 1)."
+        )
 
 
 @contextmanager
-def undisturbed(model: Model, device: torch.device) -> Iterator[None]:
+def undisturbed(model: Model, device: torch.device | None) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes and random numbers are as if nothing had been done."""
+    device = device or torch.device("cpu")
     before = modes.random_state(device)
     try:
         if isinstance(model, nn.Module):

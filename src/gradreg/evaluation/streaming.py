@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -50,8 +51,8 @@ class Batch:
     samples: list[str]
     index: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+    def to(self, device: torch.device | None) -> "Batch":
+        """The batch on a device; as it is for None."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
@@ -61,7 +62,7 @@ def stream(
     *,
     about: dict[str, str],
     state: str | Path | None,
-    device: torch.device,
+    device: torch.device | None,
     progress: bool,
     title: str,
 ) -> list[Record]:
@@ -154,6 +155,10 @@ class Ranks:
             result = task()
         except Exception as error:
             failure = error
+        if failure is not None:
+            print(
+                f"Rank {self.rank} failed, and waits for the others to finish: {failure}", file=sys.stderr, flush=True
+            )
         failures = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
@@ -180,12 +185,13 @@ class Ledger:
 
     def __init__(self, path: Path | None, about: dict[str, str], ranks: Ranks) -> None:
         self.records: dict[int, Record] = {}
+        self._added: list[int] = []
         self._about = about
         self._path = path
         if path is None:
             return
         for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}")) + [path] * path.exists():
-            content = read_state(file, KIND, VERSION)
+            content = read_state(file, KIND, VERSION, ("about", "batches"))
             _check_about(file, content["about"], about)
             self.records |= {int(number): record for number, record in content["batches"].items()}
         if ranks.size > 1:
@@ -201,6 +207,7 @@ class Ledger:
         if record is None:
             return False
         if record["samples"] != batch.samples:
+            self._take_back()
             raise StateError(
                 f"The state file was made from other data, or from another order or batch size: batch {batch.number} "
                 "is not the one recorded. It was not changed. Give the same loader, without shuffling, or name another "
@@ -211,17 +218,30 @@ class Ledger:
     def add(self, batch: Batch, record: Record) -> None:
         """Record a finished batch, and write the file."""
         self.records[batch.number] = {"samples": batch.samples, **record}
-        if self._path is not None:
-            content = {"kind": KIND, "version": VERSION, "about": self._about, "batches": self.records}
-            write_atomically(self._path, json.dumps(content))
+        self._added.append(batch.number)
+        self._write()
 
     def check_end(self, total: int) -> None:
         """Raise if the loader ended before the batches that are recorded."""
         if beyond := [number for number in self.records if number >= total]:
+            self._take_back()
             raise StateError(
                 f"The state file was made from other data: it holds batch {max(beyond)}, and the loader ends after "
                 f"{total}. It was not changed. Give the same loader, or name another file to begin anew."
             )
+
+    def _write(self) -> None:
+        if self._path is not None:
+            content = {"kind": KIND, "version": VERSION, "about": self._about, "batches": self.records}
+            write_atomically(self._path, json.dumps(content))
+
+    def _take_back(self) -> None:
+        """Forget what was added before the data turned out to be others."""
+        for number in self._added:
+            del self.records[number]
+        if self._added:
+            self._write()
+        self._added.clear()
 
     def summary(self) -> str:
         """What the bar says beside the time left."""

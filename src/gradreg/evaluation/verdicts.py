@@ -14,7 +14,18 @@ from gradreg.attacks import FGSM, Attack, IteratedAttack
 from gradreg.evaluation.identity import describe
 from gradreg.evaluation.masking import masking_checks
 from gradreg.evaluation.report import MASKING, RIGHT, SPARED, WRONG, Cost, Flag, RobustnessReport
-from gradreg.evaluation.setting import Counted, Model, check_finite, device_of, told_apart, undisturbed, unwrapped
+from gradreg.evaluation.setting import (
+    Counted,
+    Model,
+    check_finite,
+    check_one_radius,
+    device_of,
+    installed_version,
+    seed_for,
+    told_apart,
+    undisturbed,
+    unwrapped,
+)
 from gradreg.evaluation.streaming import Batch, Record, stream
 from gradreg.gradients import outside_inference_mode
 
@@ -44,7 +55,8 @@ def evaluate(
 
     Data are read one batch at a time, and integers are counted, so that batches of any size add up right. Noise is
     drawn from the seed and each sample's own values: verdicts do not depend on batch size, order, early exit, or the
-    number of processes, up to the rounding of the model.
+    number of processes, up to the rounding of the model. AutoAttack, attacks given as functions and models that draw
+    random numbers draw for the batch as a whole: the same batches give the same verdicts.
 
     Started by ``torchrun`` with an initialised process group, the ranks share the batches and return the same report.
     Every rank is given the whole loader, unshuffled.
@@ -63,7 +75,8 @@ def evaluate(
             :func:`masking_checks`; 0 for none.
         state: File to which every finished batch is written, and from which an interrupted evaluation goes on. It is
             refused if model, attacks, settings or data are not the same.
-        device: Where batches are moved. Default: where the model's first parameter is.
+        device: Where batches are moved. Default: where the model's first parameter is; for a function they stay where
+            they are.
         progress: Whether to show a bar.
 
     Returns:
@@ -86,15 +99,18 @@ def evaluate(
     """
     named = _named(attacks, seed)
     inner = unwrapped(model)
-    about = {"evaluation": f"early_exit={early_exit}, seed={seed}, masking={masking}"}
+    setting = f"attacks={list(named)}, early_exit={early_exit}, seed={seed}, masking={masking}"
+    about = {"gradreg": installed_version(), "evaluation": setting}
     about |= {f"attack {name!r}": _described(attack) for name, attack in named.items()}
     if state is not None:
         about |= told_apart(inner)
     place = torch.device(device) if device is not None else device_of(inner)
     counted = Counted(inner)
+    told: set[str] = set()
 
     def work(batch: Batch) -> Record:
-        return _verdicts(counted, batch, named, early_exit, seed, masking if batch.number == 0 else 0)
+        seed_for(batch, seed)
+        return _verdicts(counted, batch, named, early_exit, seed, masking if batch.number == 0 else 0, told)
 
     with undisturbed(inner, place):
         records = stream(
@@ -104,7 +120,13 @@ def evaluate(
 
 
 def _verdicts(
-    model: Counted, batch: Batch, attacks: Mapping[str, AttackLike], early_exit: bool, seed: int, masking: int
+    model: Counted,
+    batch: Batch,
+    attacks: Mapping[str, AttackLike],
+    early_exit: bool,
+    seed: int,
+    masking: int,
+    told: set[str],
 ) -> Record:
     """One batch: a verdict for every sample and attack, costs, and flags."""
     costs: dict[str, Cost] = {}
@@ -113,6 +135,7 @@ def _verdicts(
     checks.finite_range(x)
     for attack in attacks.values():
         if isinstance(attack, Attack):
+            check_one_radius(attack.threat, x)
             attack.check(x)  # also those who are misclassified: data in another unit make most samples so
     with model.cost() as costs["clean"], torch.no_grad():
         logits = model(x)
@@ -125,7 +148,7 @@ def _verdicts(
     for name, attack in attacks.items():
         rows = (robust if early_exit else clean).nonzero().squeeze(1)
         verdicts = [SPARED] * len(x)
-        with model.cost() as costs[name], _collected(flags, name):
+        with model.cost() as costs[name], _collected(flags, name, told):
             if len(rows):
                 x_adv = _attacked(attack, model, x[rows], y[rows], batch.index[rows.to(batch.index.device)])
                 with torch.no_grad():
@@ -152,7 +175,8 @@ def _verdicts(
 def _attacked(attack: AttackLike, model: Counted, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     """The attack's result, checked: a verdict on anything outside of the threat model would be worth nothing."""
     if not isinstance(attack, Attack):
-        x_adv = attack(model, x, y)
+        with torch.inference_mode(False), torch.enable_grad():
+            x_adv = attack(model, x, y)
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or not bool(x_adv.isfinite().all()):
             raise RuntimeError(f"The attack {attack!r} returned no finite tensor of the shape {tuple(x.shape)} of x.")
         return x_adv.detach()
@@ -199,11 +223,11 @@ def _order_flags(report: RobustnessReport, attacks: Mapping[str, AttackLike]) ->
     """Signs of masking in the verdicts themselves: attacks that should be weaker and were not."""
     flags, results = [], report.attacks
     known = {name: attack for name, attack in attacks.items() if isinstance(attack, Attack)}
-    with_gradients = [report.verdicts[name] for name, attack in known.items() if attack.uses_gradients]
     for name, attack in known.items():
-        if with_gradients and not attack.uses_gradients:
-            rows = zip(report.verdicts[name], *with_gradients, strict=True)
-            broken = sum(mine == WRONG and WRONG not in theirs for mine, *theirs in rows)
+        rivals = [report.verdicts[n] for n, other in known.items() if other.uses_gradients and _alike(other, attack)]
+        if rivals and not attack.uses_gradients:
+            rows = zip(report.verdicts[name], *rivals, strict=True)
+            broken = sum(mine == WRONG and RIGHT in theirs and WRONG not in theirs for mine, *theirs in rows)
             flags.append(
                 Flag(
                     "black box beats white box",
@@ -215,7 +239,7 @@ def _order_flags(report: RobustnessReport, attacks: Mapping[str, AttackLike]) ->
     for single in (name for name, attack in attacks.items() if isinstance(attack, FGSM)):
         for iterated in (name for name, attack in attacks.items() if isinstance(attack, IteratedAttack)):
             one, many = results[single].alone, results[iterated].alone
-            if one is not None and many is not None:
+            if one is not None and many is not None and _alike(known[single], known[iterated]):
                 flags.append(
                     Flag(
                         "one step beats iterative",
@@ -224,6 +248,11 @@ def _order_flags(report: RobustnessReport, attacks: Mapping[str, AttackLike]) ->
                     )
                 )
     return flags
+
+
+def _alike(one: Attack, other: Attack) -> bool:
+    """Whether two attacks may do the same, so that they can be compared."""
+    return describe((one.threat, one.bounds)) == describe((other.threat, other.bounds))
 
 
 def _described(attack: AttackLike) -> str:
@@ -260,15 +289,18 @@ def _named(attacks: AttackLike | Sequence[Attack] | Mapping[str, AttackLike], se
 
 
 @contextmanager
-def _collected(flags: list[Flag], name: str) -> Iterator[None]:
-    """What the attack warns of becomes a flag, too."""
+def _collected(flags: list[Flag], name: str, told: set[str]) -> Iterator[None]:
+    """What the attack warns of becomes a flag, too; it is said once, not for every batch."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for warning in caught:
+        message = str(warning.message)
         if issubclass(warning.category, checks.GradregWarning):
-            flags.append(Flag(f"warning of {name}", True, str(warning.message)))
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            flags.append(Flag(f"warning of {name}", True, message))
+        if message not in told:
+            told.add(message)
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _text(verdicts: Tensor) -> str:
