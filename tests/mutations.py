@@ -206,7 +206,9 @@ MUTATIONS = [
     Mutation("attacks/iterated.py", "own = self.seed if self.seed is not None else seed", "own = seed"),
     Mutation("attacks/iterated.py", "best=self.restarts > 1", "best=False"),
     Mutation("attacks/iterated.py", "replace(self, early_stop=True, best", "replace(self, best"),
-    Mutation("attacks/iterated.py", "None if self.step_size is None else self.step_size * factor", "self.step_size"),
+    Mutation(
+        "attacks/iterated.py", "None if self.step_size is None else times(self.step_size, factor)", "self.step_size"
+    ),
     Mutation("attacks/iterated.py", "targeted_dlr(logits, y, y)  # says what it needs", "pass"),
     Mutation(
         "attacks/iterated.py", "-torch.inf).argsort(1, descending=True)", "-torch.inf).argsort(1).flip(1).roll(-1, 1)"
@@ -275,8 +277,8 @@ MUTATIONS = [
     Mutation("evaluation/identity.py", "_without_addresses(module.extra_repr())", "''"),
     Mutation("evaluation/identity.py", 'f"{type(module).__module__}.{type(module).__qualname__}(', 'f"('),
     Mutation("evaluation/identity.py", "if id(value) in inside:", "if False:"),
-    Mutation("evaluation/identity.py", "each([bound, value.__defaults__, value.__kwdefaults__])", "each([bound])"),
-    Mutation("evaluation/identity.py", "', '.join(sorted(each(value)))", "', '.join(each(value))"),
+    Mutation("evaluation/identity.py", "[bound, value.__defaults__, value.__kwdefaults__]", "[bound]"),
+    Mutation("evaluation/identity.py", "join(sorted(", "join(("),
     Mutation("evaluation/setting.py", "        self.training = False  #", "        #"),
     Mutation("evaluation/streaming.py", "        ranks.agree((total, read))\n", ""),
     Mutation("evaluation/verdicts.py", "            attack.check(x)  #", "            pass  #"),
@@ -324,6 +326,13 @@ MUTATIONS = [
     Mutation("evaluation/masking.py", "top - 0.05 * abs(top) or path[-1] <= path[0],", "top - 0.05 * abs(top),"),
     Mutation("evaluation/masking.py", "survivors > 0.05 * len(x)", "False"),
     # black boxes and AutoAttack
+    Mutation("evaluation/setting.py", "torch.manual_seed((seed * 2**32 + batch.number) % 2**63)", "pass"),
+    Mutation(
+        "evaluation/verdicts.py", "if other.uses_gradients and _alike(other, attack)]", "if other.uses_gradients]"
+    ),
+    Mutation("evaluation/verdicts.py", "RIGHT in theirs and WRONG not in theirs", "WRONG not in theirs"),
+    Mutation("evaluation/verdicts.py", "attacks={list(named)}, ", ""),
+    Mutation("evaluation/streaming.py", "            del self.records[number]\n", "            pass\n"),
     Mutation("attacks/black_box.py", "return losses, losses > 0", "return losses, losses > 1e9"),
     Mutation("attacks/black_box.py", "self.window * 0.5 ** (4 * query // self.queries)", "self.window"),
     Mutation("attacks/black_box.py", "generator_of(self.seed, position, 0)", "generator_of(self.seed, 0, 0)"),
