@@ -1290,6 +1290,13 @@ class TestWhatMayBeCompared:
         assert [flag.name for flag in report.flags] == [TestFlags.BLACK_BOX]  # the search and the step of one radius
         assert not report.raised
 
+    def test_a_search_in_a_larger_ball(self) -> None:
+        model, x, y = labelled()
+        attacks = {"small": PGDAttack(Linf(0.01)), "search": RandomSearch(Linf(0.2), queries=12)}
+        report = evaluate(model, batches(x, y, 7), attacks, **QUIET)
+        assert report.attacks["search"].broken > 0
+        assert not report.flags
+
 
 class TestOfBatches:
     def test_attacks_of_others_draw_the_same_numbers_after_an_interruption(self, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Intervals and paired tests against published values, their defining equations and exact enumeration."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -148,3 +149,11 @@ class TestErrors:
 def test_proportion_prints_percent_and_interval() -> None:
     assert str(Proportion(870, 1000)) == "87.0 % (84.8-88.9)"
     assert Proportion(3, 8).value == 0.375
+
+
+@pytest.mark.parametrize(
+    ("function", "counts"), [(wilson, (5, 3)), (wilson, (0, 0)), (wilson, (-1, 3)), (mcnemar, (-1, 5))]
+)
+def test_counts_that_cannot_be_are_refused(function: Callable[..., object], counts: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        function(*counts)

@@ -125,6 +125,8 @@ def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
         >>> low, round(high, 3)
         (0.0, 0.278)
     """
+    if not 0 <= count <= n or n < 1:
+        raise ValueError(f"wilson: expected 0 <= count <= n and n >= 1, got {count} of {n}.")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     center = (count + z**2 / 2) / (n + z**2)
     half_width = z / (n + z**2) * math.sqrt(count * (n - count) / n + z**2 / 4)
@@ -148,6 +150,8 @@ def mcnemar(first: int, second: int) -> float:
         >>> mcnemar(0, 5)
         0.0625
     """
+    if min(first, second) < 0:
+        raise ValueError(f"mcnemar: expected counts of at least 0, got {first} and {second}.")
     m = first + second
     logs = (math.lgamma(m + 1) - math.lgamma(k + 1) - math.lgamma(m - k + 1) for k in range(min(first, second) + 1))
     return min(1.0, 2 * math.fsum(math.exp(log - m * math.log(2)) for log in logs))

@@ -231,7 +231,7 @@ def minimal_distortion(
 def _narrow(hunt: "_Hunt", low: Tensor, high: Tensor, rows: Tensor, radius: Tensor) -> None:
     if len(rows):
         fooled, size = hunt.attack(rows, radius)
-        high[rows] = torch.where(fooled, torch.minimum(size, radius), high[rows])
+        high[rows] = torch.where(fooled, torch.minimum(torch.minimum(size, radius), high[rows]), high[rows])
         low[rows] = torch.where(fooled, low[rows], radius)
 
 

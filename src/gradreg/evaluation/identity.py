@@ -50,43 +50,48 @@ def _describe(value: Any, inside: tuple[int, ...]) -> str:
     if id(value) in inside:
         return f"<{type(value).__qualname__}, {len(inside) - inside.index(id(value))} up>"
     inside = (*inside, id(value))
-
-    def each(values: Iterable[Any]) -> list[str]:
-        return [_describe(item, inside) for item in values]
-
-    def named(values: Mapping[str, Any]) -> str:
-        return ", ".join(f"{name}={_describe(item, inside)}" for name, item in values.items())
-
     if isinstance(value, Tensor):
         return f"tensor {value.dtype} {tuple(value.shape)} {_digest([value], size=8)}"
     if isinstance(value, nn.Module):
         return f"{type(value).__qualname__} " + " ".join(describe_model(value).values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return f"{type(value).__qualname__}({named(fields)})"
+        return f"{type(value).__qualname__}({_named(fields, inside)})"
     if isinstance(value, functools.partial):
-        return f"partial({', '.join(each([value.func, value.args, value.keywords]))})"
+        return f"partial({', '.join(_each([value.func, value.args, value.keywords], inside))})"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {item}' for key, item in zip(each(value), each(value.values()), strict=True))}}}"
+        items = zip(_each(value, inside), _each(value.values(), inside), strict=True)
+        return f"{{{', '.join(f'{key}: {item}' for key, item in items)}}}"
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(each(value)))}}}"
+        return f"{{{', '.join(sorted(_each(value, inside)))}}}"
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(each(value))})"
+        return f"({', '.join(_each(value, inside))})"
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, MethodType):
         return f"{_describe(value.__func__, inside)} of {_describe(value.__self__, inside)}"
     if isinstance(value, FunctionType):
         bound = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
-        parts = [_describe_code(value.__code__, inside), *each([bound, value.__defaults__, value.__kwdefaults__])]
+        parts = [
+            _describe_code(value.__code__, inside),
+            *_each([bound, value.__defaults__, value.__kwdefaults__], inside),
+        ]
         return f"{value.__module__}.{value.__qualname__} {_hash(' '.join(parts), size=8)}"
     if hasattr(value, "tobytes"):  # an array, whose repr leaves most of it out
         return f"{type(value).__qualname__} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')} " + _hash(
             repr(value.tobytes()), size=8
         )
     if " object at 0x" in repr(value):  # which shows nothing but an address
-        return f"{type(value).__qualname__}({named(getattr(value, '__dict__', {}))})"
+        return f"{type(value).__qualname__}({_named(getattr(value, '__dict__', {}), inside)})"
     return _without_addresses(repr(value))
+
+
+def _each(values: Iterable[Any], inside: tuple[int, ...]) -> list[str]:
+    return [_describe(item, inside) for item in values]
+
+
+def _named(values: Mapping[str, Any], inside: tuple[int, ...]) -> str:
+    return ", ".join(f"{name}={_describe(item, inside)}" for name, item in values.items())
 
 
 def _describe_code(code: CodeType, inside: tuple[int, ...]) -> str:
