@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -50,11 +50,8 @@ class IteratedAttack(LossAttack):
             index: With a seed, the position of each sample in its data set.
             start: Perturbations to start at, in the place of the first random start.
         """
-        if start is None:
-            return super().__call__(model, x, y, index=index)
         with self._ready(model):
-            y = outside_inference_mode(y).to(x.device)
-            return self._ascend(self._losses_at(model, x, y), x, index, start)
+            return self._perturb(model, x, outside_inference_mode(y).to(x.device), index, start)
 
     def for_evaluation(self, seed: int) -> "IteratedAttack":
         """The same search, in which fooled samples leave and the last point is scored by the evaluation alone."""
@@ -75,8 +72,22 @@ class IteratedAttack(LossAttack):
         reached = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         return reached if self.targeted else ~reached
 
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        return self._ascend(self._losses_at(model, x, y), x, index, None)
+    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None, start: Tensor | None = None) -> Tensor:
+        return self._ascend(self._losses_at(model, x, y), x, index, start)
+
+    def _options(self, index: Tensor | None, start: Tensor | None) -> dict[str, Any]:
+        """What :func:`pgd` and :func:`apgd` both take."""
+        return {
+            "steps": self.steps,
+            "random_start": self.random_start,
+            "start": start,
+            "restarts": self.restarts,
+            "best": self.best,
+            "bounds": self.bounds,
+            "out_of_bounds": self.out_of_bounds,
+            "seed": self.seed,
+            "index": index,
+        }
 
     @abstractmethod
     def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:
@@ -114,21 +125,7 @@ class PGDAttack(IteratedAttack):
         return replace(self, threat=self.threat.scaled(factor), step_size=step_size)
 
     def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:
-        return pgd(
-            losses_at,
-            x,
-            self.threat,
-            steps=self.steps,
-            step_size=self.step_size,
-            random_start=self.random_start,
-            start=start,
-            restarts=self.restarts,
-            best=self.best,
-            bounds=self.bounds,
-            out_of_bounds=self.out_of_bounds,
-            seed=self.seed,
-            index=index,
-        )
+        return pgd(losses_at, x, self.threat, step_size=self.step_size, **self._options(index, start))
 
 
 @final
@@ -154,20 +151,7 @@ class APGDAttack(IteratedAttack):
         return f"APGD-{self._loss_name() or 'CE'}".replace("-dlr", "-DLR")
 
     def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:
-        return apgd(
-            losses_at,
-            x,
-            self.threat,
-            steps=self.steps,
-            random_start=self.random_start,
-            start=start,
-            restarts=self.restarts,
-            best=self.best,
-            bounds=self.bounds,
-            out_of_bounds=self.out_of_bounds,
-            seed=self.seed,
-            index=index,
-        )
+        return apgd(losses_at, x, self.threat, **self._options(index, start))
 
 
 @final

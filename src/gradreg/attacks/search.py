@@ -227,7 +227,7 @@ class Search:
     def result(self) -> Tensor:
         """The perturbed batch."""
         z = self.x + self.delta
-        return z if self.bounds is None else z.clamp(*self.bounds)  # type: ignore[arg-type]  # numbers, or tensors
+        return z if self.bounds is None else _clamped_(z, self.bounds)
 
     def _settle(self) -> None:
         """What depends on who is in play: their inputs, their balls, and how far they may move."""
@@ -244,7 +244,7 @@ class Search:
     def _point(self, delta: Tensor) -> Tensor:
         """The active samples, perturbed, and clamped: rounding, or an x outside of its bounds, may have left them."""
         z = self._x + delta
-        return z if self._sides is None else z.clamp_(*self._sides)  # type: ignore[arg-type]
+        return z if self._sides is None else _clamped_(z, self._sides)
 
     def _losses(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.losses_at(z, self.active)
@@ -329,6 +329,11 @@ def generator_of(seed: int | None, position: int, restart: int) -> torch.Generat
         return None
     key = hashlib.blake2b(f"{seed}/{position}/{restart}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+
+
+def _clamped_(z: Tensor, bounds: Bounds) -> Tensor:
+    """Clamp z, in place, to two numbers or to two tensors."""
+    return z.clamp_(*bounds)  # type: ignore[arg-type]  # the stubs know either pair, not one type for both
 
 
 def _are_numbers(bounds: Bounds) -> bool:

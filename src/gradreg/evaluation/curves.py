@@ -10,23 +10,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gradreg import checks
 from gradreg.attacks import IteratedAttack
 from gradreg.evaluation.identity import describe
 from gradreg.evaluation.report import Cost
-from gradreg.evaluation.setting import (
-    Counted,
-    Model,
-    check_finite,
-    check_one_radius,
-    device_of,
-    installed_version,
-    seed_for,
-    told_apart,
-    undisturbed,
-    unwrapped,
-)
-from gradreg.evaluation.streaming import Batch, Record, stream
+from gradreg.evaluation.setting import Counted, Model, check_batch, classified, withstands, work_through
+from gradreg.evaluation.streaming import Batch, Record
 from gradreg.gradients import outside_inference_mode
 from gradreg.intervals import Proportion
 from gradreg.state import read_state, write_atomically
@@ -266,9 +254,7 @@ class _Hunt:
         attack = self._attack.scaled(factor)
         start = None if self._delta is None else self._delta[rows]
         x_adv = attack(self._model, x, y, index=self._index[rows.to(self._index.device)], start=start)
-        with torch.no_grad():
-            logits = self._model(x_adv)
-        fooled = (logits.argmax(1) != (y if y.ndim == 1 else y.argmax(1))) | logits.isnan().any(1)
+        fooled = ~withstands(self._model, x_adv, y if y.ndim == 1 else y.argmax(1))
         if self._delta is None:
             self._delta = torch.zeros_like(self.x)
         self._delta[rows] = x_adv - x
@@ -292,33 +278,23 @@ def _curve(
         raise TypeError(f"Expected an untargeted PGDAttack or APGDAttack, whose radius can be chosen, got {attack!r}.")
     if unit_of(attack) == 0:
         raise ValueError("The attack's own eps is 0, which is no unit to measure distances in.")
-    inner = unwrapped(model)
     attack = attack.for_evaluation(seed)
-    about = {"gradreg": installed_version(), "curve": f"{setting}, seed={seed}", "attack": describe(attack)}
-    if state is not None:
-        about |= told_apart(inner)
-    place = torch.device(device) if device is not None else device_of(inner)
-    counted = Counted(inner)
+    about = {"curve": f"{setting}, seed={seed}", "attack": describe(attack)}
 
-    def work(batch: Batch) -> Record:
-        seed_for(batch, seed)
+    def work(counted: Counted, batch: Batch) -> Record:
         x, y = outside_inference_mode(batch.x), outside_inference_mode(batch.y)
+        check_batch(attack, x)
         distances = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        check_one_radius(attack.threat, x)
-        attack.check(x)
         with counted.cost() as cost:
-            with torch.no_grad():
-                logits = counted(x)
-            checks.check_labels(logits, y, look=True)
-            check_finite(logits)
-            right = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
+            _, right = classified(counted, x, y)
             if bool(right.any()):
                 index = batch.index[right.to(batch.index.device)]
                 distances[right] = search(_Hunt(counted, x[right], y[right], index, attack))
         return {"distances": [None if math.isinf(found) else found for found in distances.tolist()], "cost": cost}
 
-    with undisturbed(inner, place):
-        records = stream(loader, work, about=about, state=state, device=place, progress=progress, title=title)
+    records, about = work_through(
+        model, loader, work, about=about, seed=seed, state=state, device=device, progress=progress, title=title
+    )
     found = [distance for record in records for distance in record["distances"]]
     return RobustnessCurve(
         samples=[sample for record in records for sample in record["samples"]],

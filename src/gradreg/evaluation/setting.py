@@ -2,18 +2,20 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradreg import checks, modes
+from gradreg.attacks import Attack
 from gradreg.evaluation.identity import describe_model
 from gradreg.evaluation.report import Cost
-from gradreg.evaluation.streaming import Batch, Ranks
-from gradreg.threat_models import ThreatModel
+from gradreg.evaluation.streaming import Batch, Ranks, Record, stream
 from gradreg.wrappers import is_sharded
 
 Model = Callable[[Tensor], Tensor]
@@ -63,16 +65,87 @@ class Counted(nn.Module):
         self.backward_passes += grad.shape[0]
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise if the model returned NaN for a clean sample: argmax would take that for a class."""
+def work_through(
+    model: Model,
+    loader: Iterable[Any],
+    work: Callable[[Counted, Batch], Record],
+    *,
+    about: dict[str, str],
+    seed: int,
+    state: str | Path | None,
+    device: torch.device | str | None,
+    progress: bool,
+    title: str,
+) -> tuple[list[Record], dict[str, str]]:
+    """What ``work`` finds in every batch, and all that it depends on beside the data.
+
+    Args:
+        model: The model; ``work`` gets it counted and in evaluation mode.
+        loader: Batches ``(x, y)``.
+        work: What to find out about a batch, see :func:`stream`.
+        about: Attacks and settings, as texts.
+        seed: Of PyTorch's own generators, from which attacks of others and random models draw: anew for every batch.
+        state: File to resume from and to write to, or None.
+        device: Where batches go. Default: where the model's tensors are; for a function they stay where they are.
+        progress: Whether to show a bar.
+        title: Of the bar.
+    """
+    inner = _unwrapped(model)
+    about = {"gradreg": _installed_version(), **about, **({} if state is None else _told_apart(inner))}
+    place = torch.device(device) if device is not None else _device_of(inner)
+    counted = Counted(inner)
+
+    def seeded(batch: Batch) -> Record:
+        torch.manual_seed((seed * 2**32 + batch.number) % 2**63)
+        return work(counted, batch)
+
+    with _undisturbed(inner, place):
+        records = stream(loader, seeded, about=about, state=state, device=place, progress=progress, title=title)
+    return records, about
+
+
+def classified(model: Counted, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes of the labels, and which samples the model gets right.
+
+    Raises:
+        ValueError: If labels and logits do not fit each other.
+        RuntimeError: If the model returns NaN: argmax would take that for a class.
+    """
+    with torch.no_grad():
+        logits = model(x)
+    checks.check_labels(logits, y, look=True)
     if bool(logits.isnan().any()):
         raise RuntimeError(
             f"The model's logits of {int(logits.isnan().any(1).sum())} of {len(logits)} clean samples are NaN. Look at "
             "its weights, its normalisation and its precision."
         )
+    classes = y if y.ndim == 1 else y.argmax(1)
+    return classes, logits.argmax(1) == classes
 
 
-def unwrapped(model: Model) -> Model:
+def withstands(model: Counted, x_adv: Tensor, classes: Tensor) -> Tensor:
+    """Which perturbed samples the model gets right; one whose logits are NaN it does not."""
+    with torch.no_grad():
+        logits = model(x_adv)
+    return (logits.argmax(1) == classes) & ~logits.isnan().any(1)
+
+
+def check_batch(attack: Attack, x: Tensor) -> None:
+    """Raise unless a whole batch can be attacked.
+
+    Also those who are misclassified, whom nobody attacks: data in another unit make most samples so. And eps may not be
+    one for each sample, which would be those of one batch.
+    """
+    eps = attack.threat.eps
+    if isinstance(eps, Tensor) and eps.ndim == x.ndim and eps.shape[0] > 1:
+        raise ValueError(
+            f"eps of shape {tuple(eps.shape)} is one radius per sample, and belongs to one batch. Give one, or one "
+            "per channel, (C, 1, 1)."
+        )
+    attack.check(x)
+
+
+def _unwrapped(model: Model) -> Model:
     """The model itself: ranks that take turns at their own pace cannot run a wrapper that has them talk."""
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module
@@ -84,7 +157,7 @@ def unwrapped(model: Model) -> Model:
     return model
 
 
-def told_apart(model: Model) -> dict[str, str]:
+def _told_apart(model: Model) -> dict[str, str]:
     """What a state file tells the model by.
 
     Raises:
@@ -98,13 +171,13 @@ def told_apart(model: Model) -> dict[str, str]:
     return describe_model(model)
 
 
-def device_of(model: Model) -> torch.device | None:
+def _device_of(model: Model) -> torch.device | None:
     """Where the model's first parameter or buffer is; None for a function, whose tensors cannot be seen."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     return tensors[0].device if tensors else None
 
 
-def installed_version() -> str:
+def _installed_version() -> str:
     """Of this library: another one may attack in another way."""
     try:
         return importlib.metadata.version("gradreg")
@@ -112,23 +185,8 @@ def installed_version() -> str:
         return "not installed"
 
 
-def seed_for(batch: Batch, seed: int) -> None:
-    """Seed PyTorch's own generators, from which attacks of others and random models draw, for one batch."""
-    torch.manual_seed((seed * 2**32 + batch.number) % 2**63)
-
-
-def check_one_radius(threat: ThreatModel, x: Tensor) -> None:
-    """Raise if eps is one for each sample, which would be those of one batch."""
-    eps = threat.eps
-    if isinstance(eps, Tensor) and eps.ndim == x.ndim and eps.shape[0] > 1:
-        raise ValueError(
-            f"eps of shape {tuple(eps.shape)} is one radius per sample, and belongs to one batch. Give one, or one "
-            "per channel, (C, 1, 1)."
-        )
-
-
 @contextmanager
-def undisturbed(model: Model, device: torch.device | None) -> Iterator[None]:
+def _undisturbed(model: Model, device: torch.device | None) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes and random numbers are as if nothing had been done."""
     device = device or torch.device("cpu")
     before = modes.random_state(device)

@@ -11,7 +11,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -286,10 +287,10 @@ def _batches(loader: Iterable[Any]) -> Iterator[Batch]:
 
 def _bar(loader: Iterable[Any], ledger: Ledger, title: str, shown: bool) -> "tqdm[Any]":
     """Progress in batches; those of an earlier session are behind it, and do not count for the time left."""
-    try:
-        total: int | None = len(loader)  # type: ignore[arg-type]  # a generator has none
-    except TypeError:
-        total = None
+    total = None
+    if isinstance(loader, Sized):
+        with suppress(TypeError):  # a DataLoader over a stream says that it has a length, and then raises
+            total = len(loader)
     return tqdm(total=total, initial=len(ledger.records), desc=title, unit="batch", disable=not shown)
 
 

@@ -14,19 +14,8 @@ from gradreg.attacks import FGSM, Attack, IteratedAttack
 from gradreg.evaluation.identity import describe
 from gradreg.evaluation.masking import masking_checks
 from gradreg.evaluation.report import MASKING, RIGHT, SPARED, WRONG, Cost, Flag, RobustnessReport
-from gradreg.evaluation.setting import (
-    Counted,
-    Model,
-    check_finite,
-    check_one_radius,
-    device_of,
-    installed_version,
-    seed_for,
-    told_apart,
-    undisturbed,
-    unwrapped,
-)
-from gradreg.evaluation.streaming import Batch, Record, stream
+from gradreg.evaluation.setting import Counted, Model, check_batch, classified, withstands, work_through
+from gradreg.evaluation.streaming import Batch, Record
 from gradreg.gradients import outside_inference_mode
 
 AttackLike = Callable[[Model, Tensor, Tensor], Tensor]
@@ -98,24 +87,24 @@ def evaluate(
         (24, True)
     """
     named = _named(attacks, seed)
-    inner = unwrapped(model)
     setting = f"attacks={list(named)}, early_exit={early_exit}, seed={seed}, masking={masking}"
-    about = {"gradreg": installed_version(), "evaluation": setting}
-    about |= {f"attack {name!r}": _described(attack) for name, attack in named.items()}
-    if state is not None:
-        about |= told_apart(inner)
-    place = torch.device(device) if device is not None else device_of(inner)
-    counted = Counted(inner)
+    about = {"evaluation": setting, **{f"attack {name!r}": _described(attack) for name, attack in named.items()}}
     told: set[str] = set()
 
-    def work(batch: Batch) -> Record:
-        seed_for(batch, seed)
+    def work(counted: Counted, batch: Batch) -> Record:
         return _verdicts(counted, batch, named, early_exit, seed, masking if batch.number == 0 else 0, told)
 
-    with undisturbed(inner, place):
-        records = stream(
-            loader, work, about=about, state=state, device=place, progress=progress, title="robust accuracy"
-        )
+    records, about = work_through(
+        model,
+        loader,
+        work,
+        about=about,
+        seed=seed,
+        state=state,
+        device=device,
+        progress=progress,
+        title="robust accuracy",
+    )
     return _report(records, ["clean", *named], about, named)
 
 
@@ -135,14 +124,9 @@ def _verdicts(
     checks.finite_range(x)
     for attack in attacks.values():
         if isinstance(attack, Attack):
-            check_one_radius(attack.threat, x)
-            attack.check(x)  # also those who are misclassified: data in another unit make most samples so
-    with model.cost() as costs["clean"], torch.no_grad():
-        logits = model(x)
-        checks.check_labels(logits, y, look=True)
-        check_finite(logits)
-        classes = y if y.ndim == 1 else y.argmax(1)
-        clean = logits.argmax(1) == classes
+            check_batch(attack, x)
+    with model.cost() as costs["clean"]:
+        classes, clean = classified(model, x, y)
     found = {"clean": _text(clean)}
     robust = clean.clone()
     for name, attack in attacks.items():
@@ -151,9 +135,7 @@ def _verdicts(
         with model.cost() as costs[name], _collected(flags, name, told):
             if len(rows):
                 x_adv = _attacked(attack, model, x[rows], y[rows], batch.index[rows.to(batch.index.device)])
-                with torch.no_grad():
-                    attacked = model(x_adv)
-                withstood = (attacked.argmax(1) == classes[rows]) & ~attacked.isnan().any(1)
+                withstood = withstands(model, x_adv, classes[rows])
                 robust[rows[~withstood]] = False
                 for row, verdict in zip(rows.tolist(), _text(withstood), strict=True):
                     verdicts[row] = verdict
