@@ -30,6 +30,8 @@ from gradreg import (
     true_class,
 )
 
+from processes import leave
+
 RANKS = 2
 CRITERION = nn.CrossEntropyLoss(reduction="none")
 
@@ -176,6 +178,7 @@ def _run(rank: int, store: str, output: str) -> None:
     if rank == 0:
         Path(output).write_text(json.dumps(gathered))
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from gradreg import Linf, PGDAttack, RandomSearch, RobustnessReport, accuracy_curve, evaluate
 
+from processes import leave
+
 RANKS = 2
 SAMPLES, BATCH = 47, 5  # ten batches, the last of two samples
 ATTACKS = {"pgd": PGDAttack(Linf(0.03), steps=3), "search": RandomSearch(Linf(0.03), queries=10)}
@@ -196,6 +198,7 @@ def _run(rank: int, folder: str, output: str) -> None:
     if rank == 0:
         Path(output).write_text(json.dumps(gathered))
     dist.destroy_process_group()
+    leave()
 
 
 def ranks(output: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from evaluation_worker import BATCH, CASES, SAMPLES
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
