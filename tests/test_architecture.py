@@ -29,12 +29,11 @@ LAYERS: list[set[str]] = [
         "normalization",
         "schedules",
         "selectors",
-        "smooth",
         "state",
         "threat_models",
         "wrappers",
     },
-    {"attacks", "differentiation", "penalties", "scoring"},
+    {"attacks", "differentiation", "penalties", "scoring", "smooth"},
     {"evaluation", "objective", "preflight"},
 ]
 PARTS = sorted(

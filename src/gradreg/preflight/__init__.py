@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gradreg.criteria import Criterion, cross_entropy
-from gradreg.preflight.inspection import inspect
+from gradreg.preflight.inspection import inspect, inspect_activations
 from gradreg.preflight.report import Finding, FoundError, PreflightReport
-from gradreg.preflight.trial import Trial, left_as_found
+from gradreg.preflight.restore import left_as_found
+from gradreg.preflight.trial import Trial
 from gradreg.wrappers import is_sharded
 
 __all__ = ["Finding", "PreflightReport", "preflight"]
@@ -40,10 +41,12 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     tensors made in inference mode                 error     ``clone()``
     logits that do not depend on x                 error     no ``detach()``, no ``no_grad()``
     a step function between x and the logits       error     a straight-through gradient
+    tensors of one step's graph kept for the next  error     ``model.train()``, an empty cache
     no trainable parameter, or none that R moves   error     ``requires_grad_()``
     NaN; outputs, losses, labels of a wrong form   error     as the message says
     BatchNorm with batch statistics                warning   eval mode, GroupNorm
-    non-smooth activations                         warning   ``smoothify``
+    what is not smooth, as far as x meets it       warning   ``smoothify``
+    a weight that is 0, as of a fresh classifier   warning   none: the first step mends it
     a saturated loss                               warning   another batch or criterion
     SyncBatchNorm on one process                   warning   GroupNorm, eval mode
     FSDP2 with the recipe (it is not run)          warning   preflight before ``fully_shard``
@@ -51,8 +54,8 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
 
     The mode that the model is in is the mode that is tried, so call it on the model as you will train it, before
     the first step. Nothing is changed by it, also when it raises: running statistics and other buffers, training
-    flags, torch's random states, ``.grad``, ``requires_grad`` and x are as before. It costs a few forward and
-    backward passes, and DDP communicates nothing in them.
+    flags, caches, torch's random states, ``.grad``, ``requires_grad`` and x are as before. It costs a few forward
+    and backward passes and a run of :func:`find_nonsmooth`, and DDP communicates nothing in them.
 
     Args:
         model: The model, wrapped and compiled as it will be trained.
@@ -73,10 +76,15 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     """
     with torch.inference_mode(False), torch.enable_grad():
         findings = list(inspect(model, x, y))
-        if not any(finding.severity == "error" for finding in findings) and not any(map(is_sharded, model.modules())):
+        if not _fails(findings) and not any(map(is_sharded, model.modules())):
             try:
                 with left_as_found(model, x.device):
                     findings.extend(Trial(model, x, y, cross_entropy if criterion is None else criterion).findings())
             except FoundError as found:
                 findings.extend(found.findings)
+        findings.extend(inspect_activations(model, None if _fails(findings) else x))
     return PreflightReport(tuple(sorted(findings, key=lambda finding: finding.severity == "warning")))
+
+
+def _fails(findings: list[Finding]) -> bool:
+    return any(finding.severity == "error" for finding in findings)

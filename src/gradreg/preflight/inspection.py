@@ -1,6 +1,7 @@
 """What can be said of a model without running it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ def inspect(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
     yield from _inspect_tensors(model, x, y)
     yield from _inspect_wrappers(model)
     yield from _inspect_batch_norm(model, x.device)
-    yield from _inspect_activations(model)
 
 
 def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
@@ -78,10 +78,12 @@ def _inspect_wrappers(model: nn.Module) -> Iterator[Finding]:
         )
 
 
-def _inspect_activations(model: nn.Module) -> Iterator[Finding]:
+def inspect_activations(model: nn.Module, x: Tensor | None) -> Iterator[Finding]:
+    """What is not smooth: what the batch meets of it, or what the code shows if there is no batch to run."""
     sites: dict[str, list[NonSmooth]] = {}
-    for site in find_nonsmooth(model):
-        sites.setdefault(site.reason, []).append(site)
+    for site in _nonsmooth(model, x):
+        if site.flat or site.share != 0:
+            sites.setdefault(site.reason, []).append(site)
     for reason, alike in sites.items():
         kinds = ", ".join(dict.fromkeys(site.kind for site in alike))
         yield Finding(
@@ -92,6 +94,13 @@ def _inspect_activations(model: nn.Module) -> Iterator[Finding]:
             if any(site.flat for site in alike)
             else "It may stay: it is milder than a ReLU. smoothify replaces the activations among these.",
         )
+
+
+def _nonsmooth(model: nn.Module, x: Tensor | None) -> tuple[NonSmooth, ...]:
+    if x is not None:
+        with suppress(Exception):  # a model that cannot be copied, say: its code can be read all the same
+            return find_nonsmooth(model, x)
+    return find_nonsmooth(model)
 
 
 def _inspect_batch_norm(model: nn.Module, device: torch.device) -> Iterator[Finding]:

@@ -72,7 +72,7 @@ class Trace:
         finally:
             for handle in handles:
                 handle.remove()
-        self.claim(_tensors_in(output), "")
+        self.claim(tensors_in(output), "")
         return output
 
     def claim(self, tensors: Iterable[Tensor], name: str) -> None:
@@ -150,12 +150,12 @@ class Trace:
         return next((call.name for call in self.calls if condition(call)), "")
 
     def _enter(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
-        tensors = list(_tensors_in([args, kwargs]))
+        tensors = list(tensors_in([args, kwargs]))
         self.claim(tensors, self.innermost)
         self._open.append(Call(name, _edges(tensors), self._finite(tensors)))
 
     def _leave(self, name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        tensors = list(_tensors_in(output))
+        tensors = list(tensors_in(output))
         self.claim(tensors, name)
         call = self._open.pop()
         call.outputs, call.finite_out = _edges(tensors), self._finite(tensors)
@@ -165,15 +165,15 @@ class Trace:
         return not self._look or all(all_finite(tensor) for tensor in tensors)
 
 
-def _tensors_in(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors_in(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
 
 
 def _edges(tensors: Iterable[Tensor]) -> list[GradientEdge]:

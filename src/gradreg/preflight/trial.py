@@ -1,21 +1,20 @@
 """The exact penalty run once on a batch, and the reason if it breaks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gradreg.checks import check_labels, check_logits
 from gradreg.criteria import Criterion
 from gradreg.gradients import check_scores, input_gradient, new_nodes
-from gradreg.modes import random_state, replayed
 from gradreg.penalties import grad_norm
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, complaint_of, failure, join, modules_of
-from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero
+from gradreg.preflight.restore import filled
+from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, tensors_in
 from gradreg.threat_models import Linf
 from gradreg.wrappers import is_compiled
 
@@ -26,6 +25,17 @@ _MEND_NAN = "Keep norms, square roots and divisions away from 0 by an epsilon."
 _STEP_FUNCTION = (
     "the input gradient is exactly 0, though the loss changes with the logits: a step function is on the way.",
     "Take round(), sign(), quantisation and the like off the way from x, or give them a straight-through gradient.",
+)
+_KEPT = (
+    "it keeps tensors of one forward pass for the next, whose graph is gone by then: the second step raises, with or "
+    "without a penalty, and what is kept does not follow the weights.",
+    "timm keeps attention biases in eval mode alone: call model.train(), then eval() on the modules that need it, such "
+    "as BatchNorm; in a model of your own, keep nothing that has a graph.",
+)
+_BLANK = (
+    "its weight is 0, as of a fresh classifier: nothing of the loss reaches x before the optimiser's first step. The "
+    "rest was tried with random numbers in its place.",
+    "Nothing has to be done for training from scratch; otherwise look at the checkpoint.",
 )
 _SATURATED = (
     "the loss is saturated, its gradient exactly 0 at the logits: the penalty's values could not be checked.",
@@ -45,6 +55,20 @@ class Trial:
 
     def findings(self) -> Iterator[Finding]:
         """Run it; what comes out are warnings."""
+        logits, grad, slopes = self._differentiated()
+        if _holders_of_graphs(self.model):
+            self._differentiated()  # now what they hold is used
+        if not grad.isfinite().all():
+            raise failure(self._turns(all_finite), "the input gradient is NaN or infinite here.", _MEND_NAN)
+        if grad.any():
+            _check_slopes(slopes)
+        elif self._slope(logits.detach().requires_grad_()).any():
+            yield from self._beyond_blank_weights()
+        else:
+            yield Finding("warning", "", *_SATURATED)
+
+    def _differentiated(self) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """The logits, the input gradient, and the gradient of the penalty on it for every trainable parameter."""
         leaf = self.x.detach().clone().requires_grad_()
         logits = self._logits(leaf)
         losses = self._losses(logits)
@@ -60,14 +84,18 @@ class Trial:
         # torch.autograd.grad passes by a once_differentiable function in silence, where total.backward() raises.
         if any(node.name() in BARRIERS for node in new_nodes([penalty.grad_fn], ())):
             raise self._explained("its backward is marked once_differentiable")
-        if not grad.isfinite().all():
-            raise self._turned(all_finite, "the input gradient is NaN or infinite here.", _MEND_NAN)
-        if grad.any():
-            _check_slopes(dict(zip(trained, slopes, strict=False)))
-        elif self._slope(logits.detach().requires_grad_()).any():
-            raise self._turned(any_nonzero, *_STEP_FUNCTION)
-        else:
-            yield Finding("warning", "", *_SATURATED)
+        return logits, grad, dict(zip(trained, slopes, strict=False))
+
+    def _beyond_blank_weights(self) -> Iterator[Finding]:
+        """The input gradient is 0: go on with random numbers where a weight is 0, or raise."""
+        where = self._turns(any_nonzero)
+        module = self.model.get_submodule(where)
+        blank = [p for name, p in module.named_parameters(recurse=False) if name != "bias" and not p.any()]
+        if not blank:
+            raise failure(where, *_STEP_FUNCTION)
+        yield Finding("warning", where, *_BLANK)
+        with filled(blank):
+            yield from self.findings()
 
     def _slope(self, logits: Tensor) -> Tensor:
         return torch.autograd.grad(self.criterion(logits, self.y).sum(), logits)[0]
@@ -115,14 +143,16 @@ class Trial:
             )
         return losses
 
-    def _turned(self, sound: Callable[[Tensor], bool], problem: str, mend: str) -> FoundError:
-        """The error that a gradient, sound at the logits, is not so at x."""
+    def _turns(self, sound: Callable[[Tensor], bool]) -> str:
+        """The module at which the gradient, sound at the logits, ceases to be so on the way to x."""
         trace = Trace()
         losses = self.criterion(trace.run(self.model, self.x), self.y)
-        return failure(trace.where_gradient_turns(losses, sound), problem, mend)
+        return trace.where_gradient_turns(losses, sound)
 
     def _explained(self, message: str) -> FoundError:
         """Why double backward raised, found by repeating it with a trace."""
+        if "a second time" in message and (kept := _holders_of_graphs(self.model)):
+            return failure(join(kept), *_KEPT)
         trace = Trace()
         losses = self.criterion(trace.run(self.model, self.x), self.y)
         trace.claim([losses], _CRITERION)
@@ -136,6 +166,15 @@ class Trial:
                 Finding("error", join(names), *_diagnosis(operation, message if len(culprits) == 1 else ""))
             )
         return FoundError(*(findings or [Finding("error", "", f"double backward raises: {message}.", _INSTEAD)]))
+
+
+def _holders_of_graphs(model: nn.Module) -> list[str]:
+    """The modules with a tensor in an attribute, or in a container there, that hangs on a graph."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(tensor.grad_fn is not None for tensor in tensors_in(list(vars(module).values())))
+    ]
 
 
 def _check_slopes(slopes: dict[str, Tensor | None]) -> None:
@@ -193,31 +232,3 @@ def _diagnosis(operation: str, message: str) -> tuple[str, str]:
         "If it is an activation, train smoothify(model); if it is an autograd.Function, write its backward of "
         f"differentiable operations, without once_differentiable; {OR_FINITE_DIFFERENCE}.",
     )
-
-
-@contextmanager
-def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo what forward passes do to a model and to the random states; keep DDP from communicating."""
-    # Of all buffers, as named_buffers() leaves out those that are None, which a forward pass may fill.
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
-    flags = [(module, module.training) for module in model.modules()]
-    parallel = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    synced = [(ddp, ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in parallel]
-    try:
-        for ddp in parallel:
-            ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
-        with replayed(random_state(device), device):
-            yield
-    finally:
-        for ddp, backward, forward in synced:
-            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = backward, forward
-        for module, flag in flags:
-            module.training = flag
-        for (module, name, buffer), value in zip(buffers, values, strict=True):
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-            # Only what changed: a graph that is still alive may have saved the buffer in its present version.
-            if buffer is not None and value is not None and not torch.equal(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)

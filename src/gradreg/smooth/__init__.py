@@ -3,7 +3,8 @@
 A gradient penalty acts on the weights through the second derivatives of the network. Those of a ReLU are zero almost
 everywhere, and the penalty does little (Rodríguez Muñoz, "Adversarial robustness without perturbations", MIT 2024,
 section 4.3). :func:`smoothify` exchanges such activations for smooth ones, :func:`find_nonsmooth` says what is not
-smooth in a model. To be read in this order: ``activations``, ``calls``, ``reading``, ``survey``, ``replace``.
+smooth in a model. To be read in this order: ``activations``, ``calls``, ``reading``, ``breaks``, ``probe``,
+``survey``, ``replace``.
 """
 
 from gradreg.smooth.activations import ScaledTanh

@@ -63,6 +63,26 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum"), _CLAMP),
 }
 
+# What the functions are called below autograd, where that is something else.
+BELOW: dict[str, frozenset[str]] = {
+    name: frozenset(operations.split())
+    for name, operations in {
+        "hardtanh": "hardtanh relu6 hardsigmoid hardswish",
+        "elu": "elu selu celu",
+        "leaky_relu": "leaky_relu rrelu",
+        "rrelu_with_noise": "rrelu",
+        "_prelu_kernel": "prelu",
+        "abs": "softsign",
+        "clamp": "clamp clip hardmish",
+        "clamp_min": "clamp clip clamp_min",
+        "clamp_max": "clamp clip clamp_max",
+        "max_pool1d_with_indices": "max_pool1d",
+        "max_pool2d_with_indices": "max_pool1d max_pool2d",
+        "max_pool3d_with_indices": "max_pool3d",
+        "adaptive_max_pool2d": "adaptive_max_pool1d adaptive_max_pool2d",
+    }.items()
+}
+
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
