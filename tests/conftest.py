@@ -17,6 +17,10 @@ with warnings.catch_warnings():
     torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--zoo", action="store_true", help="test all models of tests/zoo.py and not a sample")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -114,6 +114,7 @@ PUBLIC = [
     "smoothify",
     "targeted_dlr",
     "true_class",
+    "unsmoothify",
     "wilson",
     "with_normalization",
 ]

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -20,7 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import gradreg
-from gradreg.smooth import Replacement, ScaledTanh, SmoothReport, find_nonsmooth, smoothify
+from gradreg.smooth import Replacement, ScaledTanh, SmoothReport, find_nonsmooth, smoothify, unsmoothify
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -546,10 +547,20 @@ def test_bad_factories_are_refused_and_leave_the_model_untouched() -> None:
 
 def test_models_that_cannot_be_changed_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(TypeError, match=r"before torch\.jit"):
-        smoothify(torch.jit.ScriptModule())
-    with pytest.raises(TypeError, match=r"torch\.compile"):
-        smoothify(torch.compile(model, backend="eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way out, and so is torch.jit
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for changed, message in [
+        (torch.jit.ScriptModule(), r"the model is compiled by torch\.jit .* before torch\.jit"),
+        (torch.compile(model, backend="eager"), r"the model is compiled by torch\.compile .* first, then compile it"),
+        (nn.Sequential(torch.compile(model, backend="eager")), r"0 is compiled by torch\.compile"),
+        (torch.export.export(model, (torch.rand(3, 2),)).module(), r"exported by torch\.export .* then export it"),
+        (quantized, "0 is quantised .* in floating point, train it, then quantise it"),
+    ]:
+        modules = list(changed.modules())
+        with pytest.raises(TypeError, match=message):
+            smoothify(changed)
+        assert list(changed.modules()) == modules
     for function in (smoothify, find_nonsmooth):
         with pytest.raises(TypeError):
             function(F.relu)
@@ -572,6 +583,129 @@ def test_softplus_has_the_curvature_of_gelu_at_zero() -> None:
         (smooth,) = smoothify(nn.Sequential(nn.ReLU()), act)
         curvature = torch.func.grad(torch.func.grad(smooth))(torch.zeros((), dtype=torch.float64))
         assert curvature.item() == pytest.approx(math.sqrt(2 / math.pi))
+
+
+def test_a_model_without_values_is_smoothified_too() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), Functional())
+    smooth = smoothify(model)
+    assert [type(module).__name__ for module in smooth] == ["Linear", "GELU", "Functional"]
+    assert all(parameter.is_meta for parameter in smooth.parameters())
+    assert smooth.to_empty(device="cpu")(torch.rand(3, 2)).shape == (3, 3)
+
+
+def test_the_kernel_of_a_linear_attention_stays_positive() -> None:
+    model = timm.create_model("efficientvit_b0", num_classes=10)
+    smooth, report = smoothify(model, return_report=True)
+    kernels = {entry.new for entry in report.replaced if entry.name.endswith("kernel_func")}
+    assert kernels == {"Softplus"}
+    assert {entry.new for entry in report.replaced if not entry.name.endswith("kernel_func")} == {"SiLU"}
+    assert smooth(torch.rand(2, 3, 64, 64)).isfinite().all()
+
+
+# What is kept, and what is undone
+
+
+def test_what_is_to_be_kept_is_kept() -> None:
+    model = nn.ModuleDict({"table": nn.Sequential(nn.ReLU(), Functional()), "body": nn.Sequential(nn.ReLU())})
+    for keep, replaced in [
+        ([], ["table.0", "body.0", "table.1"]),
+        (["table.0"], ["body.0", "table.1"]),
+        (["table.*"], ["body.0"]),
+        (("*.1", "body*"), ["table.0"]),
+    ]:
+        smooth, report = smoothify(model, keep=keep, return_report=True)
+        assert [entry.name for entry in report.replaced] == replaced
+        kept = {"table.0", "body.0", "table.1"} - set(replaced)
+        assert {entry.name for entry in report.remaining} == kept
+        assert find_nonsmooth(smooth) == report.remaining
+    with pytest.raises(
+        ValueError, match=r"nothing that could be replaced is called 'tables\.\*'; there are \['table\.0'"
+    ):
+        smoothify(model, keep=["tables.*"])
+    with pytest.raises(ValueError, match="no activation that can be replaced"):
+        smoothify(model, keep=["*"])
+
+
+def test_keep_is_no_string(unchecked: None) -> None:
+    with pytest.raises(TypeError, match="a list of names, got the string 'table'"):
+        smoothify(nn.Sequential(nn.ReLU()), keep="table")
+
+
+def test_a_swin_v2_can_keep_the_table_of_its_positions() -> None:
+    model = timm.create_model("swinv2_tiny_window16_256", img_size=64, num_classes=10)
+    before, x = copy.deepcopy(model.state_dict()), torch.rand(1, 3, 64, 64)
+    assert not any(found.kind == "ReLU" for found in find_nonsmooth(model, x))  # none that x reaches
+    with pytest.raises(ValueError, match="no activation"):
+        smoothify(model, keep=["*.cpb_mlp.*"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_functional_calls_are_as_before(kind: type[Calls]) -> None:
+    model, x = kind(), torch.randn(5, 4)
+    smooth = smoothify(model)
+    with torch.no_grad():
+        smooth.b.bias.add_(1.0)
+    before = unsmoothify(smooth)
+    assert type(before) is kind
+    assert vars(before).keys() == vars(model).keys()
+    torch.testing.assert_close(before(x), model(x) + 1.0)  # with the weights that the smooth model has now
+    assert type(smooth) is not kind
+    assert find_nonsmooth(before) == find_nonsmooth(model)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_modules_are_as_before(inplace: bool) -> None:
+    act = nn.LeakyReLU(0.3)
+    inner = nn.Sequential(nn.Hardtanh(0.0, 2.0), nn.Linear(4, 4), act, Functional(), nn.Hardswish())
+    model = nn.Sequential(act, inner, nn.Linear(3, 4), nn.GELU()).eval()
+    model[1].train()
+    flags = [module.training for module in model.modules()]
+    expected = copy.deepcopy(model)
+    del inner
+    smooth = smoothify(model, inplace=inplace)
+    before = unsmoothify(smooth, inplace=inplace)
+    assert (before is smooth) == inplace
+    assert repr(before) == repr(expected)
+    assert before[0] is before[1][2]  # shared again
+    assert [module.training for module in before.modules()] == flags
+    assert before[1][0].max_val == 2.0
+
+
+def test_undo_survives_a_pickle_and_keeps_later_flags() -> None:
+    smooth = pickle.loads(pickle.dumps(smoothify(nn.Sequential(nn.ReLU(), Functional()).eval()))).train()
+    before = unsmoothify(smooth)
+    assert [type(module) for module in before] == [nn.ReLU, Functional]
+    assert before[0].training
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", [F.relu, nn.ReLU()])
+def test_the_fast_path_of_a_transformer_layer_is_as_before(act: str, activation: object) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=activation, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(3, 5, 8)
+    before = unsmoothify(smoothify(model, act))
+    for new, old in zip(before.modules(), model.modules(), strict=True):
+        assert vars(new).keys() == vars(old).keys()
+    assert before.use_nested_tensor == model.use_nested_tensor
+    assert [layer.activation_relu_or_gelu for layer in before.layers] == [1, 1]
+    assert torch.equal(before(x), model(x))
+
+
+def test_an_activation_alone_is_as_before() -> None:
+    alone = smoothify(nn.ReLU())
+    assert type(unsmoothify(alone)) is nn.ReLU
+    with pytest.raises(ValueError, match="leave inplace out"):
+        unsmoothify(alone, inplace=True)
+
+
+def test_nothing_to_undo_is_an_error(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="nothing that smoothify put there was found in Sequential"):
+        unsmoothify(nn.Sequential(nn.GELU()))
+    with pytest.raises(TypeError, match="expected the model to be an nn"):
+        unsmoothify(F.gelu)
 
 
 # Transformer layers

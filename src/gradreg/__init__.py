@@ -36,7 +36,7 @@ from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, ed
 from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.schedules import Schedule, constant, cosine_ramp, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
-from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify
+from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify, unsmoothify
 from gradreg.state import StateError
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
 
@@ -110,6 +110,7 @@ __all__ = [
     "smoothify",
     "targeted_dlr",
     "true_class",
+    "unsmoothify",
     "wilson",
     "with_normalization",
 ]

@@ -347,7 +347,7 @@ def _inspect(model: nn.Module, differentiation: Differentiation) -> None:
         checks.warn(
             f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
             f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
-            "collapse; train smoothify(model) instead."
+            "collapse; train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches."
         )
 
 

@@ -1,12 +1,25 @@
-"""What a model is wrapped in, as far as that matters to a second derivative."""
+"""What a model is wrapped in or was turned into, as far as that matters to a second derivative."""
 
-from torch import nn
+from torch import fx, nn
+from torch._ops import OpOverload
 from torch.nn.parallel import DistributedDataParallel
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile made this module, or compiles its calls."""
     return _is_a(module, "OptimizedModule") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_exported(module: nn.Module) -> bool:
+    """Whether this is a graph of torch.export, whose operations are those below the modules."""
+    return isinstance(module, fx.GraphModule) and any(
+        isinstance(node.target, OpOverload) for node in module.graph.nodes
+    )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is a layer of torch's quantisation, whose weights are integers."""
+    return any(".quantized" in base.__module__ for base in type(module).__mro__)
 
 
 def is_static(module: nn.Module) -> bool:

@@ -43,6 +43,7 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     a step function between x and the logits       error     a straight-through gradient
     tensors of one step's graph kept for the next  error     ``model.train()``, an empty cache
     no trainable parameter, or none that R moves   error     ``requires_grad_()``
+    quantised layers, the meta device              error     the model in floating point, with values
     NaN; outputs, losses, labels of a wrong form   error     as the message says
     BatchNorm with batch statistics                warning   eval mode, GroupNorm
     what is not smooth, as far as x meets it       warning   ``smoothify``

@@ -13,7 +13,7 @@ from gradreg.checks import check_input, finite_range
 from gradreg.modes import batch_norms
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, complaint_of, join, modules_of
 from gradreg.smooth import NonSmooth, find_nonsmooth
-from gradreg.wrappers import frees_parameters, is_sharded, is_static
+from gradreg.wrappers import frees_parameters, is_quantized, is_sharded, is_static
 
 
 def inspect(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
@@ -24,7 +24,14 @@ def inspect(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
 
 
 def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
-    if x.is_inference() or y.is_inference():
+    if any(tensor.is_meta for tensor in (x, y, *model.parameters(), *model.buffers())):
+        yield Finding(
+            "error",
+            "",
+            "on the meta device there are no values to run.",
+            "Call model.to_empty(device=...) and initialise or load the weights; take x and y from a loader.",
+        )
+    elif x.is_inference() or y.is_inference():
         yield Finding(
             "error",
             "",
@@ -43,7 +50,14 @@ def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding
             "parameters made inside torch.inference_mode() cannot be trained.",
             "Build or load the model outside of inference mode.",
         )
-    if not any(parameter.requires_grad for parameter in parameters.values()):
+    if quantized := [name for name, module in model.named_modules() if is_quantized(module)]:
+        yield Finding(
+            "error",
+            join(quantized),
+            "quantised: its weights are integers, which no gradient moves.",
+            "Train the model in floating point, then quantise it.",
+        )
+    elif not any(parameter.requires_grad for parameter in parameters.values()):
         yield Finding(
             "error",
             "",

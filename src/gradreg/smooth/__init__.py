@@ -4,11 +4,12 @@ A gradient penalty acts on the weights through the second derivatives of the net
 everywhere, and the penalty does little (Rodríguez Muñoz, "Adversarial robustness without perturbations", MIT 2024,
 section 4.3). :func:`smoothify` exchanges such activations for smooth ones, :func:`find_nonsmooth` says what is not
 smooth in a model. To be read in this order: ``activations``, ``calls``, ``reading``, ``breaks``, ``probe``,
-``survey``, ``replace``.
+``survey``, ``replace``, ``undo``.
 """
 
 from gradreg.smooth.activations import ScaledTanh
 from gradreg.smooth.replace import Replacement, SmoothReport, smoothify
 from gradreg.smooth.survey import NonSmooth, find_nonsmooth
+from gradreg.smooth.undo import unsmoothify
 
-__all__ = ["NonSmooth", "Replacement", "ScaledTanh", "SmoothReport", "find_nonsmooth", "smoothify"]
+__all__ = ["NonSmooth", "Replacement", "ScaledTanh", "SmoothReport", "find_nonsmooth", "smoothify", "unsmoothify"]

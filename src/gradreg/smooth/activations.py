@@ -3,7 +3,8 @@
 One table holds every operation under the name of its function (``"relu"``), with what is wrong with it; module classes,
 functions and tensor methods are looked up in it alike, so that ``nn.ReLU``, ``F.relu`` and ``x.relu_()`` are one thing.
 A gate (Hardsigmoid, Hardtanh, Hardswish) has a smooth twin of its own: a GELU in its place would let values out of the
-gate's range and destroy the features. Everything else becomes the activation that the user chose.
+gate's range and destroy the features. So has the kernel of a linear attention, which divides by a sum of its values: it
+has to stay positive. Everything else becomes the activation that the user chose.
 """
 
 import functools
@@ -44,6 +45,7 @@ class Operation:
 
 _FLAT = "its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it"
 _POOL = Operation("its derivative jumps where the maximum changes place; milder than a ReLU, since it only selects")
+_SELECTION = Operation("its derivative jumps where the choice changes; milder than a ReLU, since it only selects")
 _STEP = Operation("a step function, its derivative is zero")
 _CLAMP = Operation("a ReLU by hand if it limits an activation, harmless if it limits a parameter or guards a division")
 
@@ -59,6 +61,10 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("softshrink", "hardshrink", "threshold"), Operation(f"{_FLAT}; it has no smooth twin", flat=True)),
     "softsign": Operation("its second derivative jumps; it has no smooth twin"),
     **{f"{prefix}max_pool{d}d": _POOL for prefix in ("", "adaptive_", "fractional_") for d in (1, 2, 3)},
+    **dict.fromkeys(("amax", "amin", "max", "min", "topk", "kthvalue", "median", "sort", "msort"), _SELECTION),
+    "abs": Operation(
+        "its derivative jumps at 0; as an activation it is a ReLU in disguise, as a part of a norm it is not"
+    ),
     **dict.fromkeys(("round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside"), _STEP),
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum"), _CLAMP),
 }
@@ -108,6 +114,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.FractionalMaxPool2d: "fractional_max_pool2d",
     nn.FractionalMaxPool3d: "fractional_max_pool3d",
 }
+KERNELS = frozenset({"kernel_func"})  # the attributes that hold the kernel of a linear attention, in timm
 _TIMM_GATES = {"HardSigmoid": "hardsigmoid", "HardSwish": "hardswish", "HardMish": "hardmish"}
 
 
@@ -164,6 +171,8 @@ class ScaledTanh(nn.Module):
 def twin(operation: str, act: Callable[[], nn.Module], min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
     """The smooth activation for a replaceable operation; the limits are those of a Hardtanh."""
     match operation:
+        case "kernel":
+            return ACTIVATIONS["softplus"]()
         case "hardtanh":
             return ScaledTanh(min_val, max_val)
         case "hardsigmoid":

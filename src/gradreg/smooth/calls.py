@@ -117,3 +117,10 @@ def make_smooth(module: nn.Module, methods: frozenset[str], uncompiled: bool, ac
     """Let calls of non-smooth functions in these methods of a module compute their twin, or ``act``."""
     vars(module)["_smooth_act"] = act  # not registered: children() and the state_dict stay the same
     module.__class__ = derive(type(module), methods, uncompiled)
+
+
+def make_as_before(module: nn.Module) -> None:
+    """Undo :func:`make_smooth`, where it was done."""
+    if isinstance(module, Derived):
+        del vars(module)["_smooth_act"]
+        module.__class__ = module.derivation[0]  # type: ignore[assignment]  # of the class without Derived

@@ -6,16 +6,21 @@ measured or changed at one site says nothing of another. Methods get a derived c
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, final, overload
 
 import torch
 from torch import nn
 
-from gradreg.smooth.activations import ACTIVATIONS, twin
+from gradreg.smooth.activations import ACTIVATIONS, KERNELS, twin
 from gradreg.smooth.calls import make_smooth
-from gradreg.smooth.survey import NonSmooth, Site, check_module, find_nonsmooth, root_sites, sites
+from gradreg.smooth.survey import NonSmooth, Site, check_module, find_nonsmooth, sites
+from gradreg.wrappers import is_exported, is_quantized
+
+# Attributes that unsmoothify reads: of an activation, what it stands for; of a transformer layer, its flags before.
+REPLACED, FLAGS = "_replaced", "_flags_before"
 
 
 @final
@@ -61,6 +66,7 @@ def smoothify(
     model: nn.Module,
     act: str | Callable[[], nn.Module] = "gelu",
     *,
+    keep: Collection[str] = (),
     inplace: bool = False,
     return_report: Literal[False] = False,
 ) -> nn.Module: ...
@@ -69,6 +75,7 @@ def smoothify(
     model: nn.Module,
     act: str | Callable[[], nn.Module] = "gelu",
     *,
+    keep: Collection[str] = (),
     inplace: bool = False,
     return_report: Literal[True],
 ) -> tuple[nn.Module, SmoothReport]: ...
@@ -76,6 +83,7 @@ def smoothify(
     model: nn.Module,
     act: str | Callable[[], nn.Module] = "gelu",
     *,
+    keep: Collection[str] = (),
     inplace: bool = False,
     return_report: bool = False,
 ) -> nn.Module | tuple[nn.Module, SmoothReport]:
@@ -86,9 +94,11 @@ def smoothify(
     without perturbations", MIT 2024, section 4.3).
 
     ReLU, ReLU6, LeakyReLU, RReLU, ELU, CELU and SELU become ``act``. A gate becomes its own smooth twin: Hardsigmoid
-    σ(x), Hardtanh the tanh between the same limits, Hardswish SiLU, timm's HardMish Mish. Each site has its own
+    σ(x), Hardtanh the tanh between the same limits, Hardswish SiLU, timm's HardMish Mish. The ReLU kernel of a linear
+    attention (``kernel_func`` in timm) becomes a Softplus, because it has to stay positive. Each site has its own
     activation; weights, training flags, hooks and the keys of the ``state_dict`` stay. PReLU stays, because its slope
     is a parameter, and so do max pooling, thresholds and shrinkage: see :attr:`SmoothReport.remaining`.
+    :func:`unsmoothify` undoes it.
 
     Functional calls (``F.relu``, ``torch.relu``, ``x.relu_()``) become smooth as well: the methods that make them, or
     call Python helpers that do, run under a ``torch.overrides.TorchFunctionMode``, and other modules pay nothing. The
@@ -109,6 +119,9 @@ def smoothify(
         act: ``"gelu"`` (the exact one, with erf), ``"silu"``, ``"softplus"`` (with beta = 4·√(2/π) ≈ 3.19, whose
             second derivative at 0 is GELU's), ``"mish"``, or a function without arguments that returns a new
             ``nn.Module``, such as ``functools.partial(nn.Softplus, beta=10)``.
+        keep: Names of what is to stay as it is, with ``*`` for any part, as a report or :func:`find_nonsmooth` gives
+            them. A pretrained Swin V2, for one, has ReLUs that act on a table of positions and not on the input:
+            ``keep=["*.cpb_mlp.*"]`` leaves that table as it was learnt.
         inplace: Change the model and return it, instead of a copy.
         return_report: Return ``(model, report)``.
 
@@ -116,11 +129,11 @@ def smoothify(
         The smooth model, and the :class:`SmoothReport` if it was asked for.
 
     Raises:
-        TypeError: If the model is not an ``nn.Module``, or compiled; or ``act`` is neither a name nor a function that
-            returns an ``nn.Module``.
-        ValueError: If the name is unknown; nothing is there to replace; ``act`` returns an activation that is not
-            smooth, the same module twice, or one with parameters for a functional call; or the model is itself an
-            activation and ``inplace`` is set. The model is then as it was.
+        TypeError: If the model is not an ``nn.Module``, or is compiled, exported or quantised; or ``act`` is neither a
+            name nor a function that returns an ``nn.Module``.
+        ValueError: If the name is unknown; nothing is there to replace, or nothing of a name to keep; ``act`` returns
+            an activation that is not smooth, the same module twice, or one with parameters for a functional call; or
+            the model is itself an activation and ``inplace`` is set. The model is then as it was.
 
     Example:
         >>> model, report = smoothify(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Hardsigmoid()), return_report=True)
@@ -131,20 +144,22 @@ def smoothify(
         remaining 0:
     """
     check_module(model, "smoothify")
-    _check_uncompiled(model)
+    _check_changeable(model)
     fresh = _Factory(act)
-    if not any(site.where for site in sites(model)):
+    found = [site for site in sites(model) if site.where]
+    _check_kept(keep, found)
+    if all(_is_kept(site, keep) for site in found):
         raise ValueError(
             f"smoothify: no activation that can be replaced was found in {type(model).__name__}. If the model is "
             "already smooth, leave smoothify out; otherwise find_nonsmooth(model) names what it sees and why that "
             "stays."
         )
-    if inplace and any(site.where for site in root_sites(model)):
+    if inplace and not all(site.key for site in found):
         raise ValueError(
             f"smoothify: {type(model).__name__} is itself an activation and cannot become another: leave inplace out."
         )
     target = model if inplace else copy.deepcopy(model)
-    planned = _plan(target, fresh)
+    planned = _plan((site for site in sites(target) if not _is_kept(site, keep)), fresh)
     result = _apply(target, planned)
     if not return_report:
         return result
@@ -152,16 +167,38 @@ def smoothify(
     return result, SmoothReport(tuple(replaced), find_nonsmooth(result))
 
 
-def _check_uncompiled(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "smoothify: the model is compiled by torch.jit and cannot be changed: smoothify it before torch.jit."
-        )
+def _check_changeable(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if "_orig_mod" in module._modules:
+        if state := _unchangeable(module, is_whole=module is model):
             raise TypeError(
-                f"smoothify: {name or 'the model'} is compiled by torch.compile: smoothify the model, then compile it."
+                f"smoothify: {name or 'the model'} is {state[0]} and cannot be changed: smoothify the model {state[1]}."
             )
+
+
+def _unchangeable(module: nn.Module, *, is_whole: bool) -> tuple[str, str] | None:
+    """What was done to a module, and when it should have been smoothified."""
+    if isinstance(module, torch.jit.ScriptModule) and is_whole:  # a part of a model stays, and is reported
+        return "compiled by torch.jit", "before torch.jit"
+    if "_orig_mod" in module._modules:
+        return "compiled by torch.compile", "first, then compile it"
+    if is_exported(module):
+        return "exported by torch.export", "first, then export it"
+    if is_quantized(module):
+        return "quantised", "in floating point, train it, then quantise it"
+    return None
+
+
+def _check_kept(keep: Collection[str], found: Iterable[Site]) -> None:
+    if isinstance(keep, str):
+        raise TypeError(f"smoothify: expected keep to be a list of names, got the string {keep!r}.")
+    names = [site.found.name for site in found]
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"smoothify: nothing that could be replaced is called {pattern!r}; there are {names}.")
+
+
+def _is_kept(site: Site, keep: Iterable[str]) -> bool:
+    return any(fnmatchcase(site.found.name, pattern) for pattern in keep)
 
 
 @final
@@ -206,11 +243,11 @@ class _Factory:
         return made
 
 
-def _plan(model: nn.Module, fresh: _Factory) -> list[tuple[Site, nn.Module]]:
+def _plan(found: Iterable[Site], fresh: _Factory) -> list[tuple[Site, nn.Module]]:
     """Each site with its activation; the methods of one module share one."""
     calling: dict[nn.Module, nn.Module] = {}
     planned = []
-    for site in sites(model):
+    for site in found:
         if site.where == "attribute":
             planned.append((site, _successor(site, fresh)))
         elif site.where == "method":
@@ -222,8 +259,10 @@ def _plan(model: nn.Module, fresh: _Factory) -> list[tuple[Site, nn.Module]]:
 
 def _successor(site: Site, fresh: _Factory) -> nn.Module:
     old = getattr(site.owner, site.key) if site.key else site.owner
-    new = twin(site.operation, fresh, getattr(old, "min_val", -1.0), getattr(old, "max_val", 1.0))
+    operation = "kernel" if site.key in KERNELS and site.operation == "relu" else site.operation
+    new = twin(operation, fresh, getattr(old, "min_val", -1.0), getattr(old, "max_val", 1.0))
     new.train((old if isinstance(old, nn.Module) else site.owner).training)
+    vars(new)[REPLACED] = old
     if isinstance(old, nn.Module):
         # The same dictionaries and not copies of them, so that the handles of the hooks still remove them.
         vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
@@ -254,10 +293,16 @@ def _set_fast_paths(model: nn.Module, changed: set[nn.Module]) -> None:
     for layer in changed:
         if isinstance(layer, nn.TransformerEncoderLayer):
             exact_gelu = isinstance(layer.activation, nn.GELU) and layer.activation.approximate == "none"
-            layer.activation_relu_or_gelu = 2 if exact_gelu else 0
+            _set_flag(layer, "activation_relu_or_gelu", 2 if exact_gelu else 0)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.layers[0] in changed:
-            module.use_nested_tensor &= bool(module.layers[0].activation_relu_or_gelu)
+            known = bool(module.layers[0].activation_relu_or_gelu)
+            _set_flag(module, "use_nested_tensor", module.use_nested_tensor and known)
+
+
+def _set_flag(module: nn.Module, name: str, flag: int) -> None:
+    vars(module).setdefault(FLAGS, {}).setdefault(name, getattr(module, name))
+    setattr(module, name, flag)
 
 
 def _replacement(site: Site, new: nn.Module) -> Replacement:
