@@ -161,6 +161,50 @@ def unfused(model: nn.Module) -> nn.Module:
     return model
 
 
+class Caches(nn.Module):
+    """Keeps what it makes of its weight, in evaluation mode, as timm's attention biases are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(8))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + self.bias.square()
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias.square()
+        return x * self.kept["bias"]
+
+
+class Remembers(Caches):
+    """Keeps a tensor with a graph and makes it anew each time, as the old weight_norm does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.squared = self.bias.square()
+        return x * self.squared
+
+
+def exported(*layers: nn.Module) -> nn.Module:
+    return torch.export.export(features(*layers), (batch(0)[0],)).module()
+
+
+def with_blank_head() -> nn.Module:
+    model = features(nn.GELU())
+    nn.init.zeros_(model[-1].weight)
+    return model
+
+
+def stochastic_depth() -> nn.Module:
+    return timm.create_model("convnext_atto", num_classes=CLASSES, drop_path_rate=0.5)
+
+
+def timm_checkpointed() -> nn.Module:
+    model = timm.create_model("resnet18", num_classes=CLASSES)
+    model.set_grad_checkpointing()
+    return model
+
+
 def replaced(index: int, module: nn.Module) -> Callable[[nn.Module], nn.Module]:
     def mend(model: nn.Module) -> nn.Module:
         model[index] = module
@@ -197,6 +241,11 @@ WORKING = {
     "compiled, eager": Works(lambda: torch.compile(features(nn.GELU()), backend="eager")),
     "checkpoint": Works(lambda: through_checkpoint(reentrant=False)),
     "script": Works(scripted),
+    "stochastic depth": Works(stochastic_depth, 32),
+    "timm's checkpointing": Works(timm_checkpointed, 32),
+    "exported": Works(lambda: exported(nn.ReLU())),
+    "makes anew": Works(lambda: features(Remembers(), nn.GELU())),
+    "caches, train": Works(lambda: features(Caches(), nn.GELU())),
     "some frozen": Works(lambda: frozen(features(nn.GELU()), 2)),
     "LSTM": Works(lambda: features(Apply(lambda x, lstm: lstm(x[:, None])[0][:, 0], nn.LSTM(8, 8)))),
 }
@@ -243,6 +292,9 @@ FAILING = {
         "HardsigmoidBackward0",
         smoothify,
         32,
+    ),
+    "exported, hard gate": Fails(
+        lambda: exported(nn.Hardsigmoid()), "", "Hardsigmoid", lambda model: smoothify(features(nn.Hardsigmoid()))
     ),
     "two operations": Fails(
         lambda: features(nn.Hardsigmoid(), Apply(Square.apply)),
@@ -355,6 +407,66 @@ def test_names_what_fails_and_a_mend_that_works(case: Fails, device: str) -> Non
     mended = case.mend(model).to(device)
     assert preflight(mended, x, y).ok
     assert double_backward_works(mended, x, y)
+
+
+def test_a_weight_of_zeros_is_no_step_function() -> None:
+    x, y = batch(0)
+    model = with_blank_head()
+    assert not double_backward_works(model, x, y)  # before the optimiser's first step
+    report = preflight(model, x, y)
+    assert report.ok
+    assert warnings_about(report, "its weight is 0") == ["2"]
+    assert not model[-1].weight.any()
+    F.cross_entropy(model(x), y).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert preflight(model, x, y).findings == ()
+    assert double_backward_works(model, x, y)
+
+
+def test_several_weights_of_zeros_and_a_step_function() -> None:
+    x, y = batch(0)
+    model = nn.Sequential(features(Apply(torch.round)), nn.Linear(CLASSES, 4), nn.Linear(4, CLASSES))
+    for layer in (model[1], model[2]):
+        nn.init.zeros_(layer.weight)
+    report = preflight(model, x, y)
+    assert [error.where for error in report.errors] == ["0.1"]
+    assert "step function" in report.errors[0].problem
+    assert warnings_about(report, "its weight is 0") == ["2", "1"]
+
+
+def test_tensors_kept_from_step_to_step() -> None:
+    x, y = batch(0)
+    model = nn.Sequential(features(Caches(), nn.GELU()), nn.Identity()).eval()
+    for _ in range(2):  # the first call leaves nothing for the second to find
+        (error,) = preflight(model, x, y).errors
+        assert (error.where, model[0][1].kept) == ("0.1", {})
+        assert "model.train()" in error.mend
+    works = [double_backward_works(model, x, y) for _ in range(2)]
+    assert works == [True, False]
+    (error,) = preflight(model, x, y).errors  # with what the steps have left there
+    assert error.where == "0.1"
+    assert set(model[0][1].kept) == {"bias"}
+    model.train()  # the mend
+    assert preflight(model, x, y).ok
+    assert all(double_backward_works(model, x, y) for _ in range(2))
+
+
+@pytest.mark.parametrize("where", ["model", "x"])
+def test_the_meta_device(where: str) -> None:
+    model, (x, y) = features(nn.GELU()), batch(0)
+    args = {"model": model, "x": x} | {where: {"model": model, "x": x}[where].to("meta")}
+    (error,) = preflight(**args, y=y).errors
+    assert "no values" in error.problem
+    assert "to_empty" in error.mend
+
+
+def test_quantised_layers() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way out
+        model = torch.ao.quantization.quantize_dynamic(features(nn.GELU()), {nn.Linear})
+    (error,) = preflight(model, *batch(0)).errors
+    assert error.where == "0, 2"
+    assert "quantised" in error.problem
 
 
 def test_attributes_functional_operations_to_the_module_that_runs_them() -> None:
@@ -488,6 +600,32 @@ def test_warns_of_activations_that_smoothify_replaces() -> None:
     model, (x, y) = features(nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), batch(0)
     assert warnings_about(preflight(model, x, y), "not smooth") == ["1, 3"]
     assert preflight(smoothify(model), x, y).findings == ()
+
+
+def abs_in_a_list(x: Tensor) -> Tensor:
+    (function,) = [torch.abs]
+    return function(x - 0.5)
+
+
+def test_warns_of_what_the_batch_meets() -> None:
+    x, y = batch(0)
+    guarded = Apply(lambda x: x / x.norm(dim=1, keepdim=True).clamp(min=1e-6))
+    assert preflight(features(guarded, nn.GELU()), x, y).findings == ()  # the guard is not met
+    met = preflight(nn.Sequential(Apply(abs_in_a_list), features(nn.GELU())), x, y)
+    assert [(warning.where, warning.problem) for warning in met.findings] == [
+        ("0", "aten.abs is not smooth: its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless "
+              "if it is part of a norm.")
+    ]  # fmt: skip
+    table = Apply(lambda x, table: x * table[0].weight.relu(), nn.Sequential(nn.Linear(8, 1)))
+    assert preflight(features(table, nn.GELU()), x, y).findings == ()  # not a function of x
+
+
+def test_reads_the_code_of_a_model_that_cannot_be_copied() -> None:
+    class Uncopied(nn.ReLU):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            raise RuntimeError("no copies")
+
+    assert warnings_about(preflight(features(Uncopied()), *batch(0)), "not smooth") == ["1"]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"track_running_stats": False}])
@@ -655,12 +793,16 @@ class Restless(nn.Module):
         self.register_buffer("in_place", torch.zeros(2))
         self.register_buffer("bound", torch.zeros(2))
         self.register_buffer("nothing", None)
+        self.seen, self.named, self.last = [], {"first": 1}, torch.zeros(1)
 
     def forward(self, x: Tensor) -> Tensor:
         self.in_place += 1
         self.bound = self.bound + torch.nan
         self.nothing = torch.ones(2)
         self.training = not self.training
+        self.seen.append(x)
+        self.named |= {"first": x, "second": x}
+        self.last, self.new = x, {"x": x}
         return x + torch.rand_like(x)
 
 
@@ -717,6 +859,10 @@ def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
         "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()}
         | {"x": x.requires_grad},
         "training": {name: module.training for name, module in model.named_modules()},
+        "attributes": [
+            {name: value for name, value in vars(m).items() if name in ("seen", "named", "last", "new")}
+            for m in model.modules()
+        ],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
         "random": {"cpu": torch.get_rng_state()} | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),

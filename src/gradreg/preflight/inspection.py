@@ -50,7 +50,8 @@ def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding
             "parameters made inside torch.inference_mode() cannot be trained.",
             "Build or load the model outside of inference mode.",
         )
-    if quantized := [name for name, module in model.named_modules() if is_quantized(module)]:
+    quantized = [name for name, module in model.named_modules() if is_quantized(module) and "_packed" not in name]
+    if quantized:
         yield Finding(
             "error",
             join(quantized),

@@ -46,6 +46,9 @@ class Operation:
 _FLAT = "its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it"
 _POOL = Operation("its derivative jumps where the maximum changes place; milder than a ReLU, since it only selects")
 _SELECTION = Operation("its derivative jumps where the choice changes; milder than a ReLU, since it only selects")
+_ABS = Operation(
+    "its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless if it is part of a norm"
+)
 _STEP = Operation("a step function, its derivative is zero")
 _CLAMP = Operation("a ReLU by hand if it limits an activation, harmless if it limits a parameter or guards a division")
 
@@ -62,9 +65,7 @@ OPERATIONS: dict[str, Operation] = {
     "softsign": Operation("its second derivative jumps; it has no smooth twin"),
     **{f"{prefix}max_pool{d}d": _POOL for prefix in ("", "adaptive_", "fractional_") for d in (1, 2, 3)},
     **dict.fromkeys(("amax", "amin", "max", "min", "topk", "kthvalue", "median", "sort", "msort"), _SELECTION),
-    "abs": Operation(
-        "its derivative jumps at 0; as an activation it is a ReLU in disguise, as a part of a norm it is not"
-    ),
+    "abs": _ABS,
     **dict.fromkeys(("round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside"), _STEP),
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum"), _CLAMP),
 }
