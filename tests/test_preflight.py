@@ -614,7 +614,7 @@ def test_warns_of_what_the_batch_meets() -> None:
     met = preflight(nn.Sequential(Apply(abs_in_a_list), features(nn.GELU())), x, y)
     assert [(warning.where, warning.problem) for warning in met.findings] == [
         ("0", "aten.abs is not smooth: its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless "
-              "if it is part of a norm.")
+              "as part of a norm.")
     ]  # fmt: skip
     table = Apply(lambda x, table: x * table[0].weight.relu(), nn.Sequential(nn.Linear(8, 1)))
     assert preflight(features(table, nn.GELU()), x, y).findings == ()  # not a function of x

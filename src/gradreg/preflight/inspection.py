@@ -105,7 +105,7 @@ def inspect_activations(model: nn.Module, x: Tensor | None) -> Iterator[Finding]
             "warning",
             join(site.name for site in alike),
             f"{kinds} is not smooth: {reason}.",
-            "Train smoothify(model)."
+            "Train smoothify(model); what its report calls remaining has to be replaced by hand."
             if any(site.flat for site in alike)
             else "It may stay: it is milder than a ReLU. smoothify replaces the activations among these.",
         )

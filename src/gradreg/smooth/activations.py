@@ -79,7 +79,7 @@ BELOW: dict[str, frozenset[str]] = {
         "leaky_relu": "leaky_relu rrelu",
         "rrelu_with_noise": "rrelu",
         "_prelu_kernel": "prelu",
-        "abs": "softsign",
+        "abs": "abs softsign",
         "clamp": "clamp clip hardmish",
         "clamp_min": "clamp clip clamp_min",
         "clamp_max": "clamp clip clamp_max",
