@@ -602,8 +602,8 @@ def test_warns_of_activations_that_smoothify_replaces() -> None:
     assert preflight(smoothify(model), x, y).findings == ()
 
 
-def abs_in_a_list(x: Tensor) -> Tensor:
-    (function,) = [torch.abs]
+def hidden_abs(x: Tensor) -> Tensor:
+    function = getattr(torch, "a" + "bs")
     return function(x - 0.5)
 
 
@@ -611,7 +611,7 @@ def test_warns_of_what_the_batch_meets() -> None:
     x, y = batch(0)
     guarded = Apply(lambda x: x / x.norm(dim=1, keepdim=True).clamp(min=1e-6))
     assert preflight(features(guarded, nn.GELU()), x, y).findings == ()  # the guard is not met
-    met = preflight(nn.Sequential(Apply(abs_in_a_list), features(nn.GELU())), x, y)
+    met = preflight(nn.Sequential(Apply(hidden_abs), features(nn.GELU())), x, y)
     assert [(warning.where, warning.problem) for warning in met.findings] == [
         ("0", "aten.abs is not smooth: its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless "
               "as part of a norm.")

@@ -46,9 +46,7 @@ class Operation:
 _FLAT = "its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it"
 _POOL = Operation("its derivative jumps where the maximum changes place; milder than a ReLU, since it only selects")
 _SELECTION = Operation("its derivative jumps where the choice changes; milder than a ReLU, since it only selects")
-_ABS = Operation(
-    "its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless if it is part of a norm"
-)
+_ABS = Operation("its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless as part of a norm")
 _STEP = Operation("a step function, its derivative is zero")
 _CLAMP = Operation("a ReLU by hand if it limits an activation, harmless if it limits a parameter or guards a division")
 
