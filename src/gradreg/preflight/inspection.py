@@ -95,19 +95,17 @@ def _inspect_wrappers(model: nn.Module) -> Iterator[Finding]:
 
 def inspect_activations(model: nn.Module, x: Tensor | None) -> Iterator[Finding]:
     """What is not smooth: what the batch meets of it, or what the code shows if there is no batch to run."""
-    sites: dict[str, list[NonSmooth]] = {}
+    sites: dict[tuple[str, str], list[NonSmooth]] = {}
     for site in _nonsmooth(model, x):
         if site.flat or site.share != 0:
-            sites.setdefault(site.reason, []).append(site)
-    for reason, alike in sites.items():
+            sites.setdefault((site.reason, site.mend), []).append(site)
+    for (reason, mend), alike in sites.items():
         kinds = ", ".join(dict.fromkeys(site.kind for site in alike))
         yield Finding(
             "warning",
             join(site.name for site in alike),
             f"{kinds} is not smooth: {reason}.",
-            "Train smoothify(model); what its report calls remaining has to be replaced by hand."
-            if any(site.flat for site in alike)
-            else "It may stay: it is milder than a ReLU. smoothify replaces the activations among these.",
+            mend,
         )
 
 

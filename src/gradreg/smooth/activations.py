@@ -34,33 +34,53 @@ class Operation:
 
     Attributes:
         reason: What is wrong with it.
+        mend: What to do about it.
         flat: Whether its second derivative is zero almost everywhere.
         replaceable: Whether :func:`twin` puts something in its place.
     """
 
     reason: str
+    mend: str
     flat: bool = False
     replaceable: bool = False
 
 
 _FLAT = "its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it"
-_POOL = Operation("its derivative jumps where the maximum changes place; milder than a ReLU, since it only selects")
-_SELECTION = Operation("its derivative jumps where the choice changes; milder than a ReLU, since it only selects")
-_ABS = Operation("its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless as part of a norm")
-_STEP = Operation("a step function, its derivative is zero")
-_CLAMP = Operation("a ReLU by hand if it limits an activation, harmless if it limits a parameter or guards a division")
+_SMOOTHIFY = "Train smoothify(model)."
+BY_HAND = "Put a smooth activation in its place by hand."
+MAY_STAY = "It may stay: max pooling cost a smooth network no robustness where that was measured (docs/smoothness.md)."
+OFF_THE_WAY = "Take it off the way from x, or give it a straight-through gradient."
+_POOL = Operation(
+    "its derivative jumps where the maximum changes place; milder than a ReLU, since it only selects", MAY_STAY
+)
+_SELECTION = Operation(
+    "its derivative jumps where the choice changes; milder than a ReLU, since it only selects", MAY_STAY
+)
+_ABS = Operation(
+    "its derivative jumps at 0: a ReLU in disguise if it is an activation, harmless as part of a norm",
+    "As part of a norm it may stay; as an activation, put a smooth one in its place by hand.",
+)
+_STEP = Operation("a step function, its derivative is zero", OFF_THE_WAY)
+_CLAMP = Operation(
+    "a ReLU by hand if it limits an activation, harmless if it limits a parameter or guards a division",
+    "As a guard it may stay; as an activation, write it as F.relu or F.hardtanh, which smoothify replaces.",
+)
 
 OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(
         ("relu", "relu6", "leaky_relu", "rrelu", "hardtanh", "hardsigmoid"),
-        Operation(_FLAT, flat=True, replaceable=True),
+        Operation(_FLAT, _SMOOTHIFY, flat=True, replaceable=True),
     ),
-    **dict.fromkeys(("selu", "hardswish", "hardmish"), Operation("its derivative jumps", replaceable=True)),
-    "elu": Operation("its derivative jumps, or for alpha = 1 its second derivative does", replaceable=True),
-    "celu": Operation("its second derivative jumps", replaceable=True),
-    "prelu": Operation(f"{_FLAT}; its slope is a parameter, and replacing it would change the state_dict", flat=True),
-    **dict.fromkeys(("softshrink", "hardshrink", "threshold"), Operation(f"{_FLAT}; it has no smooth twin", flat=True)),
-    "softsign": Operation("its second derivative jumps; it has no smooth twin"),
+    **dict.fromkeys(("selu", "hardswish", "hardmish"), Operation("its derivative jumps", _SMOOTHIFY, replaceable=True)),
+    "elu": Operation("its derivative jumps, or for alpha = 1 its second derivative does", _SMOOTHIFY, replaceable=True),
+    "celu": Operation("its second derivative jumps", _SMOOTHIFY, replaceable=True),
+    "prelu": Operation(
+        f"{_FLAT}; its slope is a parameter, and replacing it would change the state_dict", BY_HAND, flat=True
+    ),
+    **dict.fromkeys(
+        ("softshrink", "hardshrink", "threshold"), Operation(f"{_FLAT}; it has no smooth twin", BY_HAND, flat=True)
+    ),
+    "softsign": Operation("its second derivative jumps; it has no smooth twin", BY_HAND),
     **{f"{prefix}max_pool{d}d": _POOL for prefix in ("", "adaptive_", "fractional_") for d in (1, 2, 3)},
     **dict.fromkeys(("amax", "amin", "max", "min", "topk", "kthvalue", "median", "sort", "msort"), _SELECTION),
     "abs": _ABS,

@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradreg.smooth.activations import BELOW, FUNCTIONS, OPERATIONS, Operation, operation_of
+from gradreg.smooth.activations import BELOW, BY_HAND, FUNCTIONS, OFF_THE_WAY, OPERATIONS, Operation, operation_of
 from gradreg.smooth.calls import Derived
 from gradreg.smooth.probe import Tried, probe
 from gradreg.smooth.reading import Reading, read
+
+_UNREADABLE = "Smoothify the model before torch.jit, or look into it by find_nonsmooth(model, x)."
+_OBSTRUCTED = "smoothify does not reach it: mend what keeps it from there, or put a smooth activation in by hand."
+_BRANCH = "It may stay if both sides agree where they meet."
 
 
 @final
@@ -31,6 +35,7 @@ class NonSmooth:
         name: The module, as ``named_modules`` calls it; empty for the model itself.
         kind: The class of the module (``"ReLU"``), or the call in its code (``"F.relu"``).
         reason: What is wrong with it, and where :func:`smoothify` leaves it, why.
+        mend: What to do about it.
         flat: Whether its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it:
             ReLU and its like, hard gates, shrinkage. Not so for an ELU or max pooling, which are smooth in between,
             for clamping, which may limit anything, nor for rounding, which has no gradient at all.
@@ -41,6 +46,7 @@ class NonSmooth:
     name: str
     kind: str
     reason: str
+    mend: str
     flat: bool
     share: float | None = None
 
@@ -152,13 +158,13 @@ def root_sites(model: nn.Module) -> Iterator[Site]:
 def _module_sites(module: nn.Module, name: str, owner: nn.Module, key: str) -> Iterator[Site]:
     operation, described = _describe(module)
     if described is not None:
-        found = NonSmooth(name, type(module).__name__, described.reason, described.flat)
+        found = NonSmooth(name, type(module).__name__, described.reason, described.mend, described.flat)
         yield Site(found, operation, owner, key, "attribute" if described.replaceable else None)
 
 
 def _describe(module: nn.Module) -> tuple[str, Operation | None]:
     if isinstance(module, torch.jit.ScriptModule):
-        return "", Operation("compiled by torch.jit: its code cannot be read or replaced")
+        return "", Operation("compiled by torch.jit: its code cannot be read or replaced", _UNREADABLE)
     operation = None if "forward" in vars(module) else operation_of(type(module))
     return operation or "", OPERATIONS.get(operation or "")
 
@@ -174,7 +180,8 @@ def _attribute_sites(owner: nn.Module, name: str) -> Iterator[Site]:
         operation = FUNCTIONS.get(owner.activation, "")
         if operation and OPERATIONS[operation].replaceable:
             described = OPERATIONS[operation]
-            found = NonSmooth(_join(name, "activation"), f"F.{operation}", described.reason, described.flat)
+            kind = f"F.{operation}"
+            found = NonSmooth(_join(name, "activation"), kind, described.reason, described.mend, described.flat)
             yield Site(found, operation, owner, "activation", "attribute")
 
 
@@ -200,8 +207,9 @@ def _method_sites(owner: nn.Module, name: str, method: str, reading: Reading) ->
             obstacle = _obstacle(owner, method, hidden=operation in reading.within and reading.checkpoint)
         kind = f"F.{operation}" if hasattr(F, operation) else f"torch.{operation}"
         reason = f"{described.reason}; {obstacle}" if obstacle else described.reason
+        mend = _OBSTRUCTED if obstacle else described.mend
         where: Literal["method"] | None = "method" if described.replaceable and not obstacle else None
-        found = NonSmooth(name, kind, reason, described.flat)
+        found = NonSmooth(name, kind, reason, mend, described.flat)
         yield Site(found, operation, owner, method, where, reading.untraced)
 
 
@@ -252,7 +260,9 @@ _JUMPS = "value jumps: a step, or a choice that depends on the input", "derivati
 def _unread(trial: Tried) -> NonSmooth:
     if not trial.operation:
         reason = "for another input it runs other operations: a branch, at which its value may jump"
-        return NonSmooth(trial.name, "branch", reason, flat=False, share=trial.share)
-    known = OPERATIONS.get(trial.operation)
-    reason = known.reason if known else f"its {_JUMPS[trial.order or 0]}"
-    return NonSmooth(trial.name, f"aten.{trial.operation}", reason, _is_flat(trial), trial.share)
+        return NonSmooth(trial.name, "branch", reason, _BRANCH, flat=False, share=trial.share)
+    order = trial.order or 0
+    jump = Operation(f"its {_JUMPS[order]}", BY_HAND if order else OFF_THE_WAY)
+    known = OPERATIONS.get(trial.operation, jump)
+    mend = _OBSTRUCTED if known.replaceable else known.mend
+    return NonSmooth(trial.name, f"aten.{trial.operation}", known.reason, mend, _is_flat(trial), trial.share)
