@@ -607,6 +607,11 @@ def hidden_abs(x: Tensor) -> Tensor:
     return function(x - 0.5)
 
 
+def hidden_relu(x: Tensor) -> Tensor:
+    function = getattr(torch, "re" + "lu")
+    return function(x)
+
+
 def test_warns_of_what_the_batch_meets() -> None:
     x, y = batch(0)
     guarded = Apply(lambda x: x / x.norm(dim=1, keepdim=True).clamp(min=1e-6))
@@ -618,6 +623,32 @@ def test_warns_of_what_the_batch_meets() -> None:
     ]  # fmt: skip
     table = Apply(lambda x, table: x * table[0].weight.relu(), nn.Sequential(nn.Linear(8, 1)))
     assert preflight(features(table, nn.GELU()), x, y).findings == ()  # not a function of x
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() if x.detach().norm() > 1.57 else x.cos()
+
+
+@pytest.mark.parametrize(
+    ("layers", "mends"),
+    [
+        ([nn.ReLU(), nn.Linear(8, 8), nn.ReLU6()], ["Train smoothify(model)."]),
+        ([nn.PReLU()], ["Put a smooth activation in its place by hand."]),
+        ([Apply(lambda x: F.max_pool1d(x, 2).repeat(1, 2))], ["It may stay: max pooling cost a smooth network no"]),
+        ([Apply(lambda x: x + (x.round() - x).detach())], ["Take it off the way from x, or give it a straight-"]),
+        ([Apply(lambda x: x.clamp(0.0))], ["As a guard it may stay; as an activation, write it as F.relu"]),
+        ([Apply(lambda x: hidden_abs(x + 0.5).relu_())], ["As part of a norm it may stay", "Train smoothify(model)."]),
+        ([Apply(hidden_relu)], ["smoothify does not reach it"]),
+        ([Branches()], ["It may stay if both sides agree"]),
+        ([scripted(nn.ReLU())], ["Smoothify the model before torch.jit"]),
+    ],
+)
+def test_says_what_to_do_about_what_is_not_smooth(layers: list[nn.Module], mends: list[str]) -> None:
+    found = [f for f in preflight(features(*layers), *batch(0)).findings if "not smooth" in f.problem]
+    assert len(found) == len(mends)
+    for mend in mends:
+        assert any(finding.mend.startswith(mend) for finding in found), found
 
 
 def test_reads_the_code_of_a_model_that_cannot_be_copied() -> None:
