@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint mutations attack-cost
+.PHONY: quickstart test lint mutations zoo attack-cost kinks
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +18,14 @@ lint: $(VENV)/lint.installed
 
 mutations: $(VENV)/test.installed
 	$(BIN)/python tests/mutations.py
+
+# All models of tests/zoo.py, of which `make test` takes a sample: an hour and a half.
+zoo: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo.py
+	$(BIN)/python -m pytest -W error tests/integration/test_zoo.py --zoo
+
+kinks: $(VENV)/quickstart.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kinks.py --threads 1
 
 # In an environment of its own: one of the libraries that it compares with pins old packages.
 attack-cost: $(VENV)-attack-cost/installed
