@@ -891,7 +891,7 @@ def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
         | {"x": x.requires_grad},
         "training": {name: module.training for name, module in model.named_modules()},
         "attributes": [
-            {name: value for name, value in vars(m).items() if name in ("seen", "named", "last", "new")}
+            {name: copy.copy(value) for name, value in vars(m).items() if name in ("seen", "named", "last", "new")}
             for m in model.modules()
         ],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
