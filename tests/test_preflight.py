@@ -434,6 +434,19 @@ def test_several_weights_of_zeros_and_a_step_function() -> None:
     assert warnings_about(report, "its weight is 0") == ["2", "1"]
 
 
+def test_a_bias_of_zeros_says_nothing_of_a_step_function() -> None:
+    class Rounded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.round())
+
+    model, (x, y) = features(Rounded(8, 8)), batch(0)
+    nn.init.zeros_(model[1].bias)
+    report = preflight(model, x, y)
+    assert [error.where for error in report.errors] == ["1"]
+    assert "step function" in report.errors[0].problem
+    assert warnings_about(report, "its weight is 0") == []
+
+
 def test_tensors_kept_from_step_to_step() -> None:
     x, y = batch(0)
     model = nn.Sequential(features(Caches(), nn.GELU()), nn.Identity()).eval()
