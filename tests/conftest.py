@@ -1,12 +1,17 @@
 """What every test starts from: one thread, a fixed seed, and shapes checked at run time unless told otherwise."""
 
+import importlib
+import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import jaxtyping
 import pytest
 import torch
+
+import gradreg
 
 hypothesis.settings.register_profile("gradreg", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("gradreg")
@@ -32,3 +37,15 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """gradreg.smooth as users import it: torch.compile cannot trace the type checks that these tests put into it."""
+    finders = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("jaxtyping")]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    monkeypatch.setattr(gradreg, "smooth", gradreg.smooth)
+    for name in [name for name in sys.modules if name.startswith("gradreg.smooth")]:
+        monkeypatch.delitem(sys.modules, name)
+    torch.compiler.reset()
+    return importlib.import_module("gradreg.smooth")

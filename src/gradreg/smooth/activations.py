@@ -83,9 +83,10 @@ OPERATIONS: dict[str, Operation] = {
     "softsign": Operation("its second derivative jumps; it has no smooth twin", BY_HAND),
     **{f"{prefix}max_pool{d}d": _POOL for prefix in ("", "adaptive_", "fractional_") for d in (1, 2, 3)},
     **dict.fromkeys(("amax", "amin", "max", "min", "topk", "kthvalue", "median", "sort", "msort"), _SELECTION),
-    "abs": _ABS,
-    **dict.fromkeys(("round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside"), _STEP),
-    **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum"), _CLAMP),
+    **dict.fromkeys(("cummax", "cummin"), _SELECTION),
+    **dict.fromkeys(("abs", "absolute"), _ABS),
+    **dict.fromkeys(("round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside", "remainder", "fmod"), _STEP),
+    **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin"), _CLAMP),
 }
 
 # What the functions are called below autograd, where that is something else.
@@ -97,7 +98,7 @@ BELOW: dict[str, frozenset[str]] = {
         "leaky_relu": "leaky_relu rrelu",
         "rrelu_with_noise": "rrelu",
         "_prelu_kernel": "prelu",
-        "abs": "abs softsign",
+        "abs": "abs absolute softsign",
         "clamp": "clamp clip hardmish",
         "clamp_min": "clamp clip clamp_min",
         "clamp_max": "clamp clip clamp_max",
@@ -192,7 +193,7 @@ def twin(operation: str, act: Callable[[], nn.Module], min_val: float = -1.0, ma
     match operation:
         case "kernel":
             return ACTIVATIONS["softplus"]()
-        case "hardtanh":
+        case "hardtanh" if math.isfinite(max_val - min_val):
             return ScaledTanh(min_val, max_val)
         case "hardsigmoid":
             return nn.Sigmoid()

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import nn
@@ -65,62 +65,122 @@ class SmoothCalls(TorchFunctionMode):
         return smooth(x)
 
 
-Derivation = tuple[type[nn.Module], frozenset[str], bool]
+@final
+class PlainCalls(TorchFunctionMode):
+    """While it is entered, replaceable functions compute what they say, whatever mode is around it.
+
+    A function that checkpointing runs again in the backward pass is then the same both times, and what the user keeps
+    stays as it is below a method that is smooth.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        operation = FUNCTIONS.get(func, "")
+        if not operation or not OPERATIONS[operation].replaceable:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return func(*args, **(kwargs or {}))
+
+
+class Derivation(NamedTuple):
+    """How a class was derived.
+
+    Attributes:
+        base: From which.
+        smooth: The methods that run under :class:`SmoothCalls`.
+        plain: The methods that run under :class:`PlainCalls`.
+        uncompiled: Whether ``torch.compile`` is kept out of the smooth ones, which mention a function of ``UNTRACED``.
+    """
+
+    base: type[nn.Module]
+    smooth: frozenset[str] = frozenset()
+    plain: frozenset[str] = frozenset()
+    uncompiled: bool = False
 
 
 class Derived:
     """Mixed in front of a module's own class by :func:`derive`; makes the resulting class picklable."""
 
-    derivation: ClassVar[Derivation]
-    _smooth_act: nn.Module
+    _gradreg_derivation: ClassVar[Derivation]
+    _gradreg_act: nn.Module
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Without super(): a registry of the user's classes is not to learn of this one.
+        pass
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # pickle finds classes by name, and this one has none: it is derived again.
-        return _new_derived, self.derivation, *super().__reduce_ex__(max(protocol, 2))[2:]
+        return _new_derived, tuple(self._gradreg_derivation), *super().__reduce_ex__(max(protocol, 2))[2:]
 
 
 _DERIVED: dict[Derivation, type[nn.Module]] = {}
 
 
-def derive(base: type[nn.Module], methods: frozenset[str], uncompiled: bool) -> type[nn.Module]:
-    """A subclass of a module class, of the same name, whose methods of these names run under :class:`SmoothCalls`.
-
-    Args:
-        base: The class.
-        methods: The names.
-        uncompiled: Keep ``torch.compile`` out of the methods, which mention a function of ``UNTRACED``.
-    """
-    key = base, methods, uncompiled
-    if key not in _DERIVED:
-        namespace: dict[str, Any] = {name: _under_mode(getattr(base, name), uncompiled) for name in methods}
+def derive(derivation: Derivation) -> type[nn.Module]:
+    """A subclass of a module class, of the same name, some of whose methods run under a mode."""
+    if derivation not in _DERIVED:
+        base = derivation.base
+        namespace: dict[str, Any] = {name: _smooth(getattr(base, name), derivation) for name in derivation.smooth}
+        namespace |= {name: _plain(getattr(base, name)) for name in derivation.plain}
         namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         metaclass: Callable[..., type[nn.Module]] = type(base)
-        _DERIVED[key] = metaclass(base.__name__, (Derived, base), namespace | {"derivation": key})
-    return _DERIVED[key]
+        own = {"_gradreg_derivation": derivation}
+        _DERIVED[derivation] = metaclass(base.__name__, (Derived, base), namespace | own)
+    return _DERIVED[derivation]
 
 
-def _new_derived(base: type[nn.Module], methods: frozenset[str], uncompiled: bool) -> nn.Module:
-    kind = derive(base, methods, uncompiled)
+def _new_derived(*derivation: Any) -> nn.Module:
+    kind = derive(Derivation(*derivation))
     return kind.__new__(kind)
 
 
-def _under_mode(method: Callable[..., Any], uncompiled: bool) -> Callable[..., Any]:
+def _smooth(method: Callable[..., Any], derivation: Derivation) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with SmoothCalls(self._smooth_act):
+        with SmoothCalls(self._gradreg_act):
             return method(self, *args, **kwargs)
 
-    return torch.compiler.disable(wrapped) if uncompiled else wrapped
+    return torch.compiler.disable(wrapped) if derivation.uncompiled else wrapped
 
 
-def make_smooth(module: nn.Module, methods: frozenset[str], uncompiled: bool, act: nn.Module) -> None:
-    """Let calls of non-smooth functions in these methods of a module compute their twin, or ``act``."""
-    vars(module)["_smooth_act"] = act  # not registered: children() and the state_dict stay the same
-    module.__class__ = derive(type(module), methods, uncompiled)
+def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with PlainCalls():
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
-def make_as_before(module: nn.Module) -> None:
-    """Undo :func:`make_smooth`, where it was done."""
+def derivation_of(module: nn.Module) -> Derivation:
+    """How the class of a module was derived; from itself if it was not."""
+    return module._gradreg_derivation if isinstance(module, Derived) else Derivation(type(module))
+
+
+def is_smooth(module: nn.Module, method: str) -> bool:
+    """Whether calls in a method of a module compute their twins."""
+    return method in derivation_of(module).smooth
+
+
+def has_another_class(module: nn.Module) -> bool:
+    """Whether a derived module was given a class that was made of its own."""
+    return isinstance(module, Derived) and "_gradreg_derivation" not in vars(type(module))
+
+
+def put_on(module: nn.Module, kind: type[nn.Module], act: nn.Module | None) -> None:
+    """Give a module a derived class, and the activation of its smooth methods."""
+    if act is not None:
+        vars(module)["_gradreg_act"] = act  # not registered: children() and the state_dict stay the same
+    module.__class__ = kind
+
+
+def take_off(module: nn.Module) -> None:
+    """Undo :func:`put_on`, where it was done."""
     if isinstance(module, Derived):
-        del vars(module)["_smooth_act"]
-        module.__class__ = module.derivation[0]  # type: ignore[assignment]  # of the class without Derived
+        vars(module).pop("_gradreg_act", None)
+        module.__class__ = derivation_of(module).base  # type: ignore[assignment]  # of the class without Derived

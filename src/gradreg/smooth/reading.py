@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from gradreg.smooth.activations import FUNCTIONS, operation_of
 from gradreg.smooth.calls import UNTRACED
 
+_CHECKPOINTS = {checkpoint, checkpoint_sequential}
 _UNKNOWN = object()
 
 
@@ -34,7 +37,8 @@ class Reading:
         own: Operations in its own code.
         within: Operations in nested functions and in Python helpers, which it may hand on to be run elsewhere.
         methods: Methods of modules, its own or others.
-        checkpoint: Whether it mentions checkpointing.
+        checkpoint: Whether it mentions checkpointing, which runs a function again in the backward pass.
+        scripted: Whether it mentions a function compiled by ``torch.jit``, which cannot be read.
         untraced: Whether it mentions a function that ``torch.compile`` hides from function modes.
     """
 
@@ -42,6 +46,7 @@ class Reading:
     within: set[str] = field(default_factory=set)
     methods: list[tuple[nn.Module, str]] = field(default_factory=list)
     checkpoint: bool = False
+    scripted: bool = False
     untraced: bool = False
 
 
@@ -50,6 +55,13 @@ def read(module: nn.Module, method: str) -> Reading:
     reader = _Reader()
     reader.read(vars(module).get(method) or getattr(type(module), method), module)
     return reader.reading
+
+
+def mentions(function: object) -> set[str]:
+    """The operations that a function mentions."""
+    reader = _Reader()
+    reader.mention(function, reader.reading.own)
+    return reader.reading.own | reader.reading.within
 
 
 @final
@@ -80,6 +92,7 @@ class _Reader:
                 for inherited in (vars(base).get(name) for name in code.co_names):
                     if isinstance(inherited, FunctionType):
                         self.read(inherited, receiver)
+                        self.mention(base if inherited is vars(base).get("forward") else None, self.reading.own)
 
     def _read_code(self, code: CodeType, scope: Mapping[str, Any], local: dict[str, Any], found: set[str]) -> None:
         value: object = _UNKNOWN
@@ -88,13 +101,16 @@ class _Reader:
             if "LOAD_FAST" in opname or opname in ("LOAD_DEREF", "LOAD_GLOBAL"):
                 name = name[-1] if isinstance(name, tuple) else name  # two loads in one, from Python 3.13 on
                 value = local.get(name, scope.get(name, _UNKNOWN))
+                value = _its_class(value) if opname == "LOAD_GLOBAL" else value
                 self.reading.checkpoint |= name.startswith("checkpoint")
             elif opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
                 value = self._attribute(value, name)
                 self.reading.checkpoint |= name.startswith("checkpoint")
+            elif opname == "IMPORT_NAME":
+                value = sys.modules.get(name, _UNKNOWN)
             else:
                 value = _UNKNOWN
-            self._mention(value, found)
+            self.mention(value, found)
         for nested in (constant for constant in code.co_consts if isinstance(constant, CodeType)):
             hidden = dict.fromkeys((*nested.co_varnames, *nested.co_cellvars), _UNKNOWN)
             self._read_code(nested, scope, {**local, **hidden}, self.reading.within)
@@ -115,19 +131,27 @@ class _Reader:
         if isinstance(value, FunctionType):
             self.reading.methods.append((module, name))
             return _UNKNOWN
-        return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        return value.__func__ if isinstance(value, (staticmethod, classmethod)) else _its_class(value)
 
-    def _mention(self, value: object, found: set[str]) -> None:
+    def mention(self, value: object, found: set[str]) -> None:
         if isinstance(value, functools.partial):
-            self._mention(value.func, found)
+            self.mention(value.func, found)
+        elif isinstance(value, torch.jit.ScriptFunction):
+            self.reading.scripted = True
         elif isinstance(value, type):
             found.update(filter(None, (operation_of(value),)))
         elif isinstance(value, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):
+            self.reading.checkpoint |= value in _CHECKPOINTS
             if value in FUNCTIONS:
                 found.add(FUNCTIONS[value])
                 self.reading.untraced |= value in UNTRACED
             else:
                 self.read(value, None)
+
+
+def _its_class(value: object) -> object:
+    """The class of an activation that is no part of the model, as if it were made where it is called."""
+    return type(value) if isinstance(value, nn.Module) and operation_of(type(value)) else value
 
 
 def _contents(cells: Mapping[str, CellType]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from gradreg.smooth.activations import ACTIVATIONS, KERNELS, twin
-from gradreg.smooth.calls import make_smooth
-from gradreg.smooth.survey import NonSmooth, Site, check_module, find_nonsmooth, sites
+from gradreg.smooth.calls import Derivation, derivation_of, derive, put_on
+from gradreg.smooth.survey import NonSmooth, Site, check_module, checkpointing, find_nonsmooth, sites
 from gradreg.wrappers import is_exported, is_quantized
 
 # Attributes that unsmoothify reads: of an activation, what it stands for; of a transformer layer, its flags before.
-REPLACED, FLAGS = "_replaced", "_flags_before"
+REPLACED, FLAGS = "_gradreg_replaced", "_gradreg_flags"
 
 
 @final
@@ -105,9 +105,9 @@ def smoothify(
     class of such a module is then a subclass of its own, of the same name; pickling, copying, ``torch.func`` and
     ``torch.compile(fullgraph=True)`` work, a trace by ``torch.fx`` keeps ``x.relu()`` as it is. From function modes
     ``torch.compile`` hides ``F.hardsigmoid``, ``F.hardswish`` and in-place functions such as ``F.relu_``: methods that
-    mention these are not compiled. What is replaced holds for everything run during the method, children included. An
-    in-place call still overwrites its input. A nested function that the method checkpoints is left and reported,
-    because it may be recomputed outside of the method.
+    mention these are not compiled. What is replaced holds for everything run during the method, children
+    included, but not for what ``keep`` names nor for what is checkpointed there. An in-place call still overwrites its
+    input. A call in a method that checkpoints is left and reported, because it may be run again outside of the method.
 
     An ``nn.ReLU(inplace=True)`` module, however, becomes an activation that leaves its input alone, as it would when
     written by hand: a forward that ignores its return value needs an assignment.
@@ -118,7 +118,8 @@ def smoothify(
     ``act=functools.partial(nn.Softplus, beta=50)``.
 
     Args:
-        model: The model. Give it before ``torch.compile`` or ``torch.jit``.
+        model: The model. Give it before ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or a parametrisation;
+            ``torch.jit.script`` reads the code of functional calls as it was, and refuses the result.
         act: ``"gelu"`` (the exact one, with erf), ``"silu"``, ``"softplus"`` (with beta = 4·√(2/π) ≈ 3.19, whose
             second derivative at 0 is GELU's), ``"mish"``, or a function without arguments that returns a new
             ``nn.Module``, such as ``functools.partial(nn.Softplus, beta=10)``.
@@ -135,8 +136,9 @@ def smoothify(
         TypeError: If the model is not an ``nn.Module``, or is compiled, exported or quantised; or ``act`` is neither a
             name nor a function that returns an ``nn.Module``.
         ValueError: If the name is unknown; nothing is there to replace, or nothing of a name to keep; ``act`` returns
-            an activation that is not smooth, the same module twice, or one with parameters for a functional call; or
-            the model is itself an activation and ``inplace`` is set. The model is then as it was.
+            an activation that is not smooth, the same module twice, or one with parameters, buffers or dropout for a
+            functional call; or the model is itself an activation and ``inplace`` is set. The model is then as it was.
+        RuntimeError: If the model cannot be copied.
 
     Example:
         >>> model, report = smoothify(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Hardsigmoid()), return_report=True)
@@ -161,13 +163,24 @@ def smoothify(
         raise ValueError(
             f"smoothify: {type(model).__name__} is itself an activation and cannot become another: leave inplace out."
         )
-    target = model if inplace else copy.deepcopy(model)
-    planned = _plan((site for site in sites(target) if not _is_kept(site, keep)), fresh)
-    result = _apply(target, planned)
+    target = model if inplace else copied(model, "smoothify")
+    there = sites(target)
+    planned = _plan((site for site in there if not _is_kept(site, keep)), fresh)
+    result = _apply(target, planned, [site for site in there if site.where and _is_kept(site, keep)])
     if not return_report:
         return result
     replaced = dict.fromkeys(_replacement(site, new) for site, new in planned)
     return result, SmoothReport(tuple(replaced), find_nonsmooth(result))
+
+
+def copied(model: nn.Module, caller: str) -> nn.Module:
+    """A copy of a model, or an error that says what to do about one that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"{caller}: {type(model).__name__} cannot be copied ({error}). Pass inplace=True to change it itself."
+        ) from error
 
 
 def _check_changeable(model: nn.Module) -> None:
@@ -181,7 +194,7 @@ def _check_changeable(model: nn.Module) -> None:
 def _unchangeable(module: nn.Module, *, is_whole: bool) -> tuple[str, str] | None:
     """What was done to a module, and when it should have been smoothified."""
     if isinstance(module, torch.jit.ScriptModule) and is_whole:  # a part of a model stays, and is reported
-        return "compiled by torch.jit", "before torch.jit"
+        return "compiled by torch.jit", "before torch.jit.trace"
     if "_orig_mod" in module._modules:
         return "compiled by torch.compile", "first, then compile it"
     if is_exported(module):
@@ -197,7 +210,11 @@ def _check_kept(keep: Collection[str], found: Iterable[Site]) -> None:
     names = [site.found.name for site in found]
     for pattern in keep:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"smoothify: nothing that could be replaced is called {pattern!r}; there are {names}.")
+            inside = any(fnmatchcase(name, f"{pattern}.*") for name in names)
+            raise ValueError(
+                f"smoothify: nothing that could be replaced is called {pattern!r}"
+                + (f"; for all that is inside of it, write {pattern + '.*'!r}." if inside else f"; there are {names}.")
+            )
 
 
 def _is_kept(site: Site, keep: Iterable[str]) -> bool:
@@ -231,17 +248,19 @@ class _Factory:
         if any(made is other for other in self._made):
             raise ValueError("smoothify: act must return a new module at each call, and returned the same one twice.")
         # Its own call of F.relu, say, would be taken for one of the module around it.
-        if unsmooth := [site.found for site in sites(made) if site.where]:
+        if unsmooth := [site.found for site in sites(made) if site.where or site.found.flat]:
             raise ValueError(f"smoothify: act must return a smooth activation, and returned one with {unsmooth[0]}.")
         self._made.append(made)
         return made
 
-    def without_parameters(self) -> nn.Module:
+    def without_state(self) -> nn.Module:
+        """An activation for functional calls: no part of the model, so that nothing of it moves with the model."""
         made = self()
-        if next(made.parameters(), None) is not None:
+        kept = [*made.parameters(), *made.buffers()]
+        if kept or any(isinstance(module, nn.modules.dropout._DropoutNd) for module in made.modules()):
             raise ValueError(
-                f"smoothify: {type(made).__name__} has parameters and cannot stand for a functional call: use an "
-                "activation without, or make the call a module of the model."
+                f"smoothify: {type(made).__name__} has parameters, buffers or dropout and cannot stand for a "
+                "functional call: use an activation without, or make the call a module of the model."
             )
         return made
 
@@ -255,7 +274,7 @@ def _plan(found: Iterable[Site], fresh: _Factory) -> list[tuple[Site, nn.Module]
             planned.append((site, _successor(site, fresh)))
         elif site.where == "method":
             if site.owner not in calling:
-                calling[site.owner] = fresh.without_parameters()
+                calling[site.owner] = fresh.without_state()
             planned.append((site, calling[site.owner]))
     return planned
 
@@ -272,20 +291,51 @@ def _successor(site: Site, fresh: _Factory) -> nn.Module:
     return new
 
 
-def _apply(model: nn.Module, planned: list[tuple[Site, nn.Module]]) -> nn.Module:
-    calling: dict[nn.Module, list[tuple[Site, nn.Module]]] = {}
+def _apply(model: nn.Module, planned: list[tuple[Site, nn.Module]], kept: list[Site]) -> nn.Module:
+    calling = {site.owner: new for site, new in planned if site.where == "method"}
+    # Classes are made before anything is changed: a metaclass of the user's may raise.
+    kinds = {module: derive(derivation) for module, derivation in _derivations(model, planned, kept).items()}
     for site, new in planned:
         if not site.key:
             return new
         if site.where == "attribute":
             setattr(site.owner, site.key, new)
-        else:
-            calling.setdefault(site.owner, []).append((site, new))
-    for owner, calls in calling.items():
-        methods, uncompiled = frozenset(site.key for site, _ in calls), any(site.untraced for site, _ in calls)
-        make_smooth(owner, methods, uncompiled, calls[0][1])
+    for module, kind in kinds.items():
+        put_on(module, kind, calling.get(module))
     _set_fast_paths(model, {site.owner for site, _ in planned if site.key == "activation"})
     return model
+
+
+def _derivations(
+    model: nn.Module, planned: list[tuple[Site, nn.Module]], kept: list[Site]
+) -> dict[nn.Module, Derivation]:
+    """The modules that need a class of their own: with smooth methods, and with those that must not become so.
+
+    What holds for a method holds for all that runs during it. So what is kept, or run again by checkpointing, has to be
+    taken out of it.
+    """
+    smooth = [site for site, _ in planned if site.where == "method"]
+    if not smooth:
+        return {}
+    plain = [*checkpointing(model), *(_plainly(site) for site in kept)]
+    derivations: dict[nn.Module, Derivation] = {}
+    for module in dict.fromkeys([*(site.owner for site in smooth), *(module for module, _ in plain)]):
+        own = [site for site in smooth if site.owner is module]
+        derivations[module] = Derivation(
+            derivation_of(module).base,
+            frozenset(site.key for site in own),
+            frozenset(method for other, method in plain if other is module),
+            any(site.untraced for site in own),
+        )
+    return derivations
+
+
+def _plainly(site: Site) -> tuple[nn.Module, str]:
+    """The method that has to stay as it is for a site to stay so."""
+    if site.where == "method":
+        return site.owner, site.key
+    held = getattr(site.owner, site.key) if site.key else site.owner
+    return (held if isinstance(held, nn.Module) else site.owner), "forward"
 
 
 def _set_fast_paths(model: nn.Module, changed: set[nn.Module]) -> None:

@@ -8,20 +8,23 @@ survey finds. With a batch at hand, ``probe`` says of each site whether it matte
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gradreg.smooth.activations import BELOW, BY_HAND, FUNCTIONS, OFF_THE_WAY, OPERATIONS, Operation, operation_of
-from gradreg.smooth.calls import Derived
+from gradreg.smooth.calls import derivation_of, is_smooth
 from gradreg.smooth.probe import Tried, probe
-from gradreg.smooth.reading import Reading, read
+from gradreg.smooth.reading import Reading, mentions, read
 
-_UNREADABLE = "Smoothify the model before torch.jit, or look into it by find_nonsmooth(model, x)."
+_UNREADABLE = "Smoothify the model before torch.jit.trace, or look into it by find_nonsmooth(model, x)."
+_RECURRENT = 'Make it with nonlinearity="tanh".'
+_QUANTIZED = "Smoothify the model before it is prepared for quantisation."
 _OBSTRUCTED = "smoothify does not reach it: mend what keeps it from there, or put a smooth activation in by hand."
 _BRANCH = "It may stay if both sides agree where they meet."
 
@@ -61,15 +64,17 @@ def find_nonsmooth(model: nn.Module, x: Tensor | None = None) -> tuple[NonSmooth
     **From its code**, without x, it looks at the types of the modules and at the byte code of their forward, and runs
     nothing. It sees
 
-    * activation and max pooling modules of torch, and the hard gates of timm;
+    * activation and max pooling modules of torch, and the hard gates of timm,
+    * ReLUs in recurrent layers, and in layers prepared for quantisation,
     * calls of functions and tensor methods by name (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ``torch.round``) in
       the forward of a module and in methods, nested functions and Python helpers that it mentions, and functions held
       in plain attributes (``self.act = F.relu``).
 
-    It cannot see functions held in lists, dictionaries, properties or default arguments, what is reached through
-    ``getattr(F, name)``, operators (``x * (x > 0)``, ``abs(x)``), code in C++ or compiled by ``torch.jit`` (named as
-    such). A name counts even where its branch is never taken. Max pooling and clamping have kinks, but most of their
-    second derivative is that of what they select, so they matter less than a ReLU: :attr:`NonSmooth.flat` tells.
+    It names what it finds in lists and dictionaries, and code compiled by ``torch.jit``, but cannot look further there.
+    It cannot see what is reached through ``getattr(F, name)``, properties, default arguments, hooks or objects that are
+    called, operators and masks (``x * (x > 0)``, ``torch.where``), and code in C++. A name counts even where its branch
+    is never taken. Max pooling and clamping have kinks, but most of their second derivative is that of what they
+    select, so they matter less than a ReLU: :attr:`NonSmooth.flat` tells.
 
     **From its behaviour**, with x, it also runs copies of the model, on x and on x plus noise of x's own standard
     deviation. Each operation is then tried at 33 points of the straight line between what it was given in the two runs,
@@ -111,6 +116,9 @@ def find_nonsmooth(model: nn.Module, x: Tensor | None = None) -> tuple[NonSmooth
     return tuple(dict.fromkeys(_measured(model, surveyed, probe(model, x))))
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def check_module(model: object, caller: str) -> None:
     """Raise a TypeError if the model is not an ``nn.Module``."""
     if not isinstance(model, nn.Module):
@@ -144,7 +152,7 @@ def sites(model: nn.Module) -> list[Site]:
     names = {module: name for name, module in model.named_modules()}
     found = [*root_sites(model)]
     for owner, name in names.items():
-        found += _attribute_sites(owner, name)
+        found += _attribute_sites(owner, name, names)
     for (owner, method), reading in _readings(names).items():
         found += _method_sites(owner, names[owner], method, reading)
     return found
@@ -165,24 +173,47 @@ def _module_sites(module: nn.Module, name: str, owner: nn.Module, key: str) -> I
 def _describe(module: nn.Module) -> tuple[str, Operation | None]:
     if isinstance(module, torch.jit.ScriptModule):
         return "", Operation("compiled by torch.jit: its code cannot be read or replaced", _UNREADABLE)
-    operation = None if "forward" in vars(module) else operation_of(type(module))
+    kind = derivation_of(module).base
+    if isinstance(module, nn.RNN | nn.RNNCell) and module.nonlinearity == "relu":
+        return "", Operation(OPERATIONS["relu"].reason, _RECURRENT, flat=True)
+    if any("qat" in base.__module__.split(".") and "ReLU" in base.__name__ for base in kind.__mro__):
+        return "", Operation(OPERATIONS["relu"].reason, _QUANTIZED, flat=True)
+    operation = None if "forward" in vars(module) else operation_of(kind)
     return operation or "", OPERATIONS.get(operation or "")
 
 
-def _attribute_sites(owner: nn.Module, name: str) -> Iterator[Site]:
+def _attribute_sites(owner: nn.Module, name: str, registered: Container[nn.Module]) -> Iterator[Site]:
     if isinstance(owner, torch.jit.ScriptModule):
         return
     for key, child in owner._modules.items():
         if child is not None:
             yield from _module_sites(child, _join(name, key), owner, key)
+    for key, value in vars(owner).items():
+        if key not in _OF_EVERY_MODULE and isinstance(value, (list, tuple, dict)):
+            for held in value.values() if isinstance(value, dict) else value:
+                if not (isinstance(held, nn.Module) and held in registered):
+                    yield from _held_sites(held, name, owner, key)
     # Held by these as a function, and read by a kernel that knows no function modes.
     if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) and "activation" in vars(owner):
         operation = FUNCTIONS.get(owner.activation, "")
-        if operation and OPERATIONS[operation].replaceable:
-            described = OPERATIONS[operation]
-            kind = f"F.{operation}"
-            found = NonSmooth(_join(name, "activation"), kind, described.reason, described.mend, described.flat)
-            yield Site(found, operation, owner, "activation", "attribute")
+        where: Literal["attribute"] | None = "attribute" if operation else None
+        for mentioned in [operation] if operation else sorted(mentions(owner.activation)):
+            if (described := OPERATIONS[mentioned]).replaceable:
+                mend = described.mend if where else _OBSTRUCTED
+                found = NonSmooth(_join(name, "activation"), f"F.{mentioned}", described.reason, mend, described.flat)
+                yield Site(found, mentioned, owner, "activation", where)
+
+
+def _held_sites(held: object, name: str, owner: nn.Module, key: str) -> Iterator[Site]:
+    """What is held in a container that is no part of the model, where nothing is replaced."""
+    if isinstance(held, nn.Module):
+        found = [(type(held).__name__, *_describe(held))]
+    else:
+        found = [(_kind(operation), operation, OPERATIONS[operation]) for operation in sorted(mentions(held))]
+    for kind, operation, described in found:
+        if described is not None and (described.flat or described.replaceable):
+            reason = f"{described.reason}; held in ``{key}``, where smoothify does not look"
+            yield Site(NonSmooth(name, kind, reason, _OBSTRUCTED, described.flat), operation, owner, key, None)
 
 
 def _readings(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Reading]:
@@ -198,31 +229,44 @@ def _readings(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Readi
     return readings
 
 
+def checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The methods that mention checkpointing."""
+    return [place for place, reading in _readings(model.modules()).items() if reading.checkpoint]
+
+
 def _method_sites(owner: nn.Module, name: str, method: str, reading: Reading) -> Iterator[Site]:
     for operation in sorted(reading.own | reading.within):
         described, obstacle = OPERATIONS[operation], ""
         if described.replaceable:
-            if isinstance(owner, Derived) and method in owner.derivation[1]:
+            if is_smooth(owner, method):
                 continue
-            obstacle = _obstacle(owner, method, hidden=operation in reading.within and reading.checkpoint)
-        kind = f"F.{operation}" if hasattr(F, operation) else f"torch.{operation}"
+            obstacle = _obstacle(owner, method, reading)
         reason = f"{described.reason}; {obstacle}" if obstacle else described.reason
         mend = _OBSTRUCTED if obstacle else described.mend
         where: Literal["method"] | None = "method" if described.replaceable and not obstacle else None
-        found = NonSmooth(name, kind, reason, mend, described.flat)
+        found = NonSmooth(name, _kind(operation), reason, mend, described.flat)
         yield Site(found, operation, owner, method, where, reading.untraced)
+    if reading.scripted:
+        reason = "compiled by torch.jit: what it computes cannot be read or replaced"
+        yield Site(NonSmooth(name, "torch.jit.script", reason, _UNREADABLE, flat=False), "", owner, method, None)
 
 
-def _obstacle(owner: nn.Module, method: str, *, hidden: bool) -> str:
-    kind = type(owner)
-    if isinstance(owner, Derived):
+def _kind(operation: str) -> str:
+    return f"F.{operation}" if hasattr(F, operation) else f"torch.{operation}"
+
+
+def _obstacle(owner: nn.Module, method: str, reading: Reading) -> str:
+    kind = derivation_of(owner).base
+    if derivation_of(owner).smooth:
         return "added after smoothify"
     if method in vars(owner):
         return f"``{method}`` was set on the instance: set it after smoothify"
+    if is_parametrized(owner):
+        return "this module is parametrised: smoothify the model before that"
     if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
         return "this class pickles in its own way: smoothify the model before it is traced or wrapped"
-    if hidden:
-        return "checkpointing may run this function again in the backward pass: move it into a method of the module"
+    if reading.checkpoint:
+        return "checkpointing may run it again in the backward pass: move it into a method without checkpointing"
     return ""
 
 

@@ -1,12 +1,11 @@
 """Takes smooth activations out of a model again."""
 
-import copy
 from typing import Any
 
 from torch import nn
 
-from gradreg.smooth.calls import Derived, make_as_before
-from gradreg.smooth.replace import FLAGS, REPLACED
+from gradreg.smooth.calls import Derived, has_another_class, take_off
+from gradreg.smooth.replace import FLAGS, REPLACED, copied
 from gradreg.smooth.survey import check_module
 
 
@@ -22,7 +21,8 @@ def unsmoothify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: If the model is not an ``nn.Module``.
-        ValueError: If there is nothing to put back; or the model itself is a replaced activation and inplace is set.
+        ValueError: If there is nothing to put back; the model itself is a replaced activation and inplace is set; or
+            a module was given another class since, as parametrisations do. The model is then as it was.
 
     Example:
         >>> from gradreg import smoothify
@@ -38,7 +38,13 @@ def unsmoothify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(f"unsmoothify: nothing that smoothify put there was found in {type(model).__name__}.")
     if REPLACED in vars(model) and inplace:
         raise ValueError("unsmoothify: the model is itself an activation and cannot become another: leave inplace out.")
-    target = model if inplace else copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if has_another_class(module):
+            raise ValueError(
+                f"unsmoothify: {name or 'the model'} was given another class after smoothify, as parametrisations do: "
+                "remove that first."
+            )
+    target = model if inplace else copied(model, "unsmoothify")
     for module in list(target.modules()):
         _put_back(module)
     return _before(target) if REPLACED in vars(target) else target
@@ -54,7 +60,7 @@ def _put_back(module: nn.Module) -> None:
                 setattr(module, key, before)
     for name, flag in vars(module).pop(FLAGS, {}).items():
         setattr(module, name, flag)
-    make_as_before(module)
+    take_off(module)
 
 
 def _before(smooth: nn.Module) -> Any:
