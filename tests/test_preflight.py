@@ -2,9 +2,11 @@
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from gradreg.objective import PenalizedLoss, PenalizedModel, Term
@@ -26,6 +30,7 @@ from gradreg.penalties import GradNormPenalty
 from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.smooth import smoothify
 from gradreg.threat_models import Linf
+from gradreg.wrappers import is_quantized
 
 CLASSES = 3
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -128,6 +133,62 @@ class Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
+class Detached(torch.autograd.Function):
+    """A function whose gradient loses its gradient without an error."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.x * grad
+
+
+class Rounding(torch.autograd.Function):
+    """The straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class SiluForTanh(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (F.silu if func is torch.tanh else func)(*args, **(kwargs or {}))
+
+
+class Rechecked(nn.Module):
+    """Checkpoints a function that a mode changes; if the mode is not inside, only in the forward pass."""
+
+    def __init__(self, *, mode_inside: bool) -> None:
+        super().__init__()
+        self.layer, self.mode_inside = nn.Linear(8, 8), mode_inside
+
+    def inside(self, x: Tensor) -> Tensor:
+        with SiluForTanh() if self.mode_inside else nullcontext():
+            return torch.tanh(self.layer(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with SiluForTanh():
+            return checkpoint(self.inside, x, use_reentrant=False)
+
+
+def dropped(x: Tensor, *, preserve: bool) -> Tensor:
+    return checkpoint(lambda x: F.dropout(x).sin(), x, use_reentrant=False, preserve_rng_state=preserve)
+
+
+def with_hook(x: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor with a hook on its gradient."""
+    x.register_hook(hook)
+    return x
+
+
 def no_grad_body(x: Tensor, body: nn.Module, head: nn.Module) -> Tensor:
     with torch.no_grad():
         hidden = body(x)
@@ -164,9 +225,9 @@ def unfused(model: nn.Module) -> nn.Module:
 class Caches(nn.Module):
     """Keeps what it makes of its weight, in evaluation mode, as timm's attention biases are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 8) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.ones(8))
+        self.bias = nn.Parameter(torch.ones(size))
         self.kept: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,8 +250,8 @@ def exported(*layers: nn.Module) -> nn.Module:
     return torch.export.export(features(*layers), (batch(0)[0],)).module()
 
 
-def with_blank_head() -> nn.Module:
-    model = features(nn.GELU())
+def blank(model: nn.Sequential) -> nn.Module:
+    """A model with the weights of a fresh classifier."""
     nn.init.zeros_(model[-1].weight)
     return model
 
@@ -409,9 +470,110 @@ def test_names_what_fails_and_a_mend_that_works(case: Fails, device: str) -> Non
     assert double_backward_works(mended, x, y)
 
 
+@dataclass(frozen=True)
+class Silent:
+    """A model with a double backward that runs and is wrong, and what to build instead."""
+
+    build: Callable[[], nn.Module]
+    where: str
+    problem: str
+    mended: Callable[[], nn.Module]
+
+
+SILENT = {
+    "detached": Silent(
+        lambda: features(nn.Tanh(), Apply(Detached.apply)),
+        "2",
+        "is not the derivative of the input gradient: along",
+        lambda: features(nn.Tanh(), Apply(torch.square)),
+    ),
+    "detached, by a hook": Silent(
+        lambda: features(Apply(lambda x: with_hook(x.sin(), Tensor.detach))),
+        "",
+        "is not the derivative of the input gradient: along",
+        lambda: features(Apply(lambda x: with_hook(x.sin(), Tensor.clone))),
+    ),
+    "other function": Silent(
+        lambda: features(Rechecked(mode_inside=False)),
+        "",
+        "is not what the forward pass computed",
+        lambda: features(Rechecked(mode_inside=True)),
+    ),
+    "other random numbers": Silent(
+        lambda: features(nn.GELU(), Apply(partial(dropped, preserve=False))),
+        "",
+        "is not what the forward pass computed",
+        lambda: features(nn.GELU(), Apply(partial(dropped, preserve=True))),
+    ),
+}
+SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "straight-through": lambda x: x + (x.round() - x).detach(),
+    "straight-through function": lambda x: Rounding.apply(x),
+    "straight-through, checkpointed": lambda x: checkpoint(
+        lambda x: (x + (x.round() - x).detach()).sin(), x, use_reentrant=False
+    ),
+    "stop-gradient": lambda x: x * x.sigmoid().detach(),
+    "scaled by a hook": lambda x: with_hook(x.sin(), lambda grad: 0.1 * grad),
+    "kinks": lambda x: F.max_pool1d(x.relu(), 2).repeat(1, 2),
+    "a tie at a kink of the slope": lambda x: x + F.elu(x.detach() * 0 + (x - x.detach())),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(1, (4, 2))) ** 2).flatten(1),
+    "float32 inside": lambda x: F.linear(x, torch.eye(8)),
+}
+
+
+@pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
+def test_finds_a_double_backward_that_is_wrong_without_an_error(case: Silent) -> None:
+    model, (x, y) = case.build(), batch(0)
+    assert double_backward_works(model, x, y)  # so it seems
+    (error,) = preflight(model, x, y).errors
+    assert error.where == case.where
+    assert case.problem in error.problem
+    assert preflight(case.mended(), x, y).ok
+
+
+@pytest.mark.parametrize("function", SURROGATES.values(), ids=SURROGATES)
+def test_takes_no_surrogate_and_no_kink_for_a_wrong_double_backward(function: Callable[[Tensor], Tensor]) -> None:
+    for layers in ([], [nn.Linear(8, 8), nn.ReLU()]):
+        assert preflight(features(*layers, Apply(function), nn.Linear(8, 8), nn.GELU()), *batch(0)).ok
+
+
+def with_idle_scale(model: nn.Module) -> nn.Module:
+    """A model with a parameter that has no dimension and no use."""
+    model.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    return model
+
+
+def with_old_weight_norm(*layers: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return features(nn.utils.weight_norm(nn.Linear(8, 8)), *layers)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda *layers: torch.compile(features(*layers), backend="eager"),
+        lambda *layers: nn.Sequential(torch.compile(features(*layers), backend="eager")),
+        lambda *layers: frozen(features(*layers), 1),
+        lambda *layers: with_idle_scale(features(*layers)),
+        lambda *layers: nn.Sequential(features(nn.Dropout(), nn.BatchNorm1d(8), *layers), Remembers(CLASSES)),
+        lambda *layers: blank(features(*layers)),
+        with_old_weight_norm,
+    ],
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_wrong_double_backward_is_found_in_any_wrapping(build: Callable[..., nn.Module], soft: bool) -> None:
+    x, y = batch(0)
+    y = F.one_hot(y, CLASSES).float() if soft else y
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]), reduction="none")
+    report = preflight(build(nn.Tanh(), Apply(Detached.apply)), x, y, criterion=criterion)
+    assert ["along a random direction" in error.problem for error in report.errors] == [True]
+    assert preflight(build(nn.Tanh(), Apply(torch.square)), x, y, criterion=criterion).ok
+
+
 def test_a_weight_of_zeros_is_no_step_function() -> None:
     x, y = batch(0)
-    model = with_blank_head()
+    model = blank(features(nn.GELU()))
     assert not double_backward_works(model, x, y)  # before the optimiser's first step
     report = preflight(model, x, y)
     assert report.ok
@@ -482,6 +644,22 @@ def test_quantised_layers() -> None:
     assert "quantised" in error.problem
 
 
+def test_only_torchs_own_quantisation_is_quantised() -> None:
+    class Mine(nn.Linear):
+        __module__ = "mycompany.quantized.nets"
+
+    model = features(nn.GELU(), Mine(8, 8), torch.ao.nn.quantized.FloatFunctional())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is on its way out
+        trained = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES)).train()
+        trained.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+        torch.ao.quantization.fuse_modules_qat(trained, ["1", "2"], inplace=True)
+        torch.ao.quantization.prepare_qat(trained, inplace=True)
+    modules = [*model.modules(), *trained.modules()]
+    assert {"Linear", "LinearReLU"} <= {type(m).__name__ for m in modules if ".qat." in type(m).__module__}
+    assert not any(map(is_quantized, modules))
+
+
 def test_attributes_functional_operations_to_the_module_that_runs_them() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -548,6 +726,14 @@ def one_label_changed(value: int) -> Tensor:
 def test_names_what_is_wrong_with_the_batch(x: Tensor, y: Tensor, message: str) -> None:
     (error,) = preflight(features(nn.GELU()), x, y).errors
     assert message in error.problem
+
+
+def test_token_ids_are_sent_to_their_vectors() -> None:
+    embedding, model, y = nn.Embedding(10, 8), features(nn.GELU()), batch(0)[1]
+    ids = torch.tensor([1, 5, 9, 0])
+    (error,) = preflight(nn.Sequential(embedding, model), ids[:, None], y).errors
+    assert "embedding(ids)" in error.mend
+    assert preflight(model, embedding(ids).detach(), y).ok
 
 
 def test_takes_class_probabilities() -> None:
@@ -649,7 +835,7 @@ class Branches(nn.Module):
         ([nn.ReLU(), nn.Linear(8, 8), nn.ReLU6()], ["Train smoothify(model)."]),
         ([nn.PReLU()], ["Put a smooth activation in its place by hand."]),
         ([Apply(lambda x: F.max_pool1d(x, 2).repeat(1, 2))], ["It may stay: max pooling cost a smooth network no"]),
-        ([Apply(lambda x: x + (x.round() - x).detach())], ["Take it off the way from x, or give it a straight-"]),
+        ([Apply(lambda x: x + (x.round() - x).detach())], ["It may stay if that is meant"]),
         ([Apply(lambda x: x.clamp(0.0))], ["As a guard it may stay; as an activation, write it as F.relu"]),
         ([Apply(lambda x: hidden_abs(x + 0.5).relu_())], ["As part of a norm it may stay", "Train smoothify(model)."]),
         ([Apply(hidden_relu)], ["smoothify does not reach it"]),
@@ -669,7 +855,11 @@ def test_reads_the_code_of_a_model_that_cannot_be_copied() -> None:
         def __deepcopy__(self, memo: object) -> nn.Module:
             raise RuntimeError("no copies")
 
-    assert warnings_about(preflight(features(Uncopied()), *batch(0)), "not smooth") == ["1"]
+    report = preflight(features(Uncopied()), *batch(0))
+    assert report.ok
+    assert warnings_about(report, "not smooth") == ["1"]
+    (warning,) = (warning for warning in report.findings if "read from the code alone" in warning.problem)
+    assert "RuntimeError: no copies" in warning.problem
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"track_running_stats": False}])
@@ -779,6 +969,31 @@ def test_preflight_leaves_ddp_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("wrap", [nn.Sequential, partial(torch.compile, backend="eager")])
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}])
+def test_preflight_after_a_step_leaves_the_layout_of_ddps_buckets_to_all_ranks(
+    wrap: Callable[[nn.Module], nn.Module], options: dict[str, bool]
+) -> None:
+    x, y = batch(0)
+    unused = Apply(lambda x, net, spare: net(x), features(nn.BatchNorm1d(8), nn.GELU()), nn.Linear(1, 1))
+    ddp = DistributedDataParallel(unused if options else unused.inner[0], **options)
+    model = wrap(ddp)
+    F.cross_entropy(model(x), y).backward()
+    reducer = ddp.reducer
+    assert preflight(model, x, y).ok
+    assert ddp.reducer is reducer
+    assert reducer._rebuild_buckets() == (not options)  # what a forward pass does first, in all ranks together
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_a_wrong_double_backward_is_found_inside_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = partial(DistributedDataParallel, features(nn.Tanh(), Apply(Detached.apply)))
+    model, (x, y) = nn.Sequential(build()), batch(0)
+    monkeypatch.setattr(DistributedDataParallel, "__setstate__", lambda *_: pytest.fail("preflight copies DDP"))
+    assert [error.where for error in preflight(model, x, y).errors] == ["0.module.2"]
+
+
+@pytest.mark.usefixtures("_process_group")
 def test_synchronized_batch_norm() -> None:
     model, (x, y) = features(nn.SyncBatchNorm(8), nn.GELU()), batch(0)
     report = preflight(model, x, y)
@@ -830,24 +1045,52 @@ def test_fsdp_without_the_recipe_fails() -> None:
 
 
 class Restless(nn.Module):
-    """Its forward pass changes what a forward pass can change: flags, buffers in place and re-bound."""
+    """Its forward pass changes what a forward pass can change: flags, numbers, containers, tensors in any place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("in_place", torch.zeros(2))
         self.register_buffer("bound", torch.zeros(2))
         self.register_buffer("nothing", None)
-        self.seen, self.named, self.last = [], {"first": 1}, torch.zeros(1)
+        self.scale = nn.Parameter(torch.full((2,), 5.0))
+        self.ema, self.last = torch.ones(2), torch.zeros(1)
+        self.count, self.name, self.flag, self.pair = 0, "none", None, (1, torch.ones(1))
+        self.seen, self.named, self.met = [], {"first": 1}, {0}
+        self.nested = {"k": [1, {"deep": [torch.ones(1)]}], "q": deque([1, 2], maxlen=2)}
+        self.nested["itself"] = self.nested
+        self.hidden = [nn.BatchNorm1d(8)]  # no submodule
 
     def forward(self, x: Tensor) -> Tensor:
         self.in_place += 1
         self.bound = self.bound + torch.nan
         self.nothing = torch.ones(2)
         self.training = not self.training
+        self.scale.data.clamp_(max=4.0)
+        self.ema.mul_(0.9)
+        self.count, self.name, self.flag = self.count + 1, "some", True
+        self.pair[1].mul_(2)
+        self.pair = (2, x)
         self.seen.append(x)
         self.named |= {"first": x, "second": x}
+        self.met.add(self.count)
+        self.nested["k"].append(3)
+        self.nested["k"][1]["deep"][0] += 1
+        self.nested["q"].append(self.count)
+        self.hidden[0](x)
         self.last, self.new = x, {"x": x}
         return x + torch.rand_like(x)
+
+    def state(self) -> dict[str, object]:
+        """All of it, in a form that can be compared."""
+        deep = self.nested["k"][1]["deep"]
+        return {
+            "attributes": sorted(vars(self)),
+            "tensors": [tensor.clone() for tensor in (self.scale, self.ema, self.last, self.pair[1], *deep)],
+            "values": [self.count, self.name, self.flag, self.pair[0], self.seen[:], {**self.named}, sorted(self.met)],
+            "nested": [len(self.nested["k"]), list(self.nested["q"])],
+            "hidden": [buffer.clone() for buffer in self.hidden[0].buffers()],
+            "identities": [id(value) for value in (self.scale, self.ema, self.last, self.pair, self.seen, *deep)],
+        }
 
 
 def failing_forward(x: Tensor, *modules: nn.Module) -> Tensor:
@@ -903,10 +1146,7 @@ def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
         "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()}
         | {"x": x.requires_grad},
         "training": {name: module.training for name, module in model.named_modules()},
-        "attributes": [
-            {name: copy.copy(value) for name, value in vars(m).items() if name in ("seen", "named", "last", "new")}
-            for m in model.modules()
-        ],
+        "restless": [module.state() for module in model.modules() if isinstance(module, Restless)],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
         "random": {"cpu": torch.get_rng_state()} | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -915,7 +1155,15 @@ def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
 
 def assert_same(after: dict[str, object], before: dict[str, object]) -> None:
     for key, value in before.items():
-        torch.testing.assert_close(after[key], value, rtol=0, atol=0, msg=key)
+        torch.testing.assert_close(flat(after[key]), flat(value), rtol=0, atol=0, msg=key)
+
+
+def flat(state: object) -> list[Tensor]:
+    """The tensors of a state; what is no tensor is equal if it reads the same."""
+    leaves, spec = tree_flatten(state)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = repr((spec, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]))
+    return [*tensors, torch.tensor(list(others.encode()))]
 
 
 def test_leaves_a_graph_that_is_still_alive_usable() -> None:

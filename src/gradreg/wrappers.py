@@ -18,8 +18,14 @@ def is_exported(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is a layer of torch's quantisation, whose weights are integers."""
-    return any(".quantized" in base.__module__ for base in type(module).__mro__)
+    """Whether this is a layer of torch's quantisation, whose weights are integers.
+
+    A layer that trains for it (``torch.ao.nn.qat``) has floating-point weights, and ``FloatFunctional`` has none.
+    """
+    return not _is_a(module, "FloatFunctional", "FXFloatFunctional") and any(
+        base.__module__.startswith("torch.") and "quantized" in base.__module__.split(".")
+        for base in type(module).__mro__
+    )
 
 
 def is_static(module: nn.Module) -> bool:

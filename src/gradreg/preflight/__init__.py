@@ -25,7 +25,10 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     The model is inspected first. If that finds no error, one trial runs the penalty that training would: the
     forward pass, :math:`g = \nabla_x \ell` with a graph, :math:`R = \|g_b\|_1`, and the gradient of R with respect
     to every trainable parameter. So the verdict is what happens, not what a list of known layers says. If the
-    trial fails, it is repeated with every node of the autograd graph traced back to the module that made it.
+    trial fails, it is repeated with every node of the autograd graph traced back to the module that made it. If it
+    passes, its gradient is held against a finite difference of input gradients, in a copy in double precision: an error
+    is what differs for several steps and directions. A model that has no such copy, or whose gradient is a surrogate
+    (straight-through), is not held against it.
 
     =============================================  ========  =============================================
     found                                          severity  mend
@@ -33,6 +36,8 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     fused attention                                error     ``sdpa_kernel(MATH)``, ``fused_attn = False``
     another operation without a second derivative  error     ``smoothify``, ``FiniteDifference()``
     ``once_differentiable`` functions              error     a backward that is differentiable
+    a backward that loses the second derivative    error     no ``detach()`` in it, ``FiniteDifference()``
+    a checkpoint that computes something else      error     the same function and random numbers again
     a compiled model, if it fails                  error     the uncompiled model
     reentrant checkpointing                        error     ``use_reentrant=False``
     ``DDP(static_graph=True)``                     error     DDP around a ``PenalizedModel``
@@ -51,12 +56,16 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     a saturated loss                               warning   another batch or criterion
     SyncBatchNorm on one process                   warning   GroupNorm, eval mode
     FSDP2 with the recipe (it is not run)          warning   preflight before ``fully_shard``
+    activations read from the code alone           warning   a model that can be copied
     =============================================  ========  =============================================
 
     The mode that the model is in is the mode that is tried, so call it on the model as you will train it, before
-    the first step. Nothing is changed by it, also when it raises: running statistics and other buffers, training
-    flags, caches, torch's random states, ``.grad``, ``requires_grad`` and x are as before. It costs a few forward
-    and backward passes and a run of :func:`find_nonsmooth`, and DDP communicates nothing in them.
+    the first step. What it changes is put back, also when it raises: parameters, buffers and all other attributes of
+    the modules, with what is in their tensors, lists, dictionaries, sets and tuples; training flags, torch's random
+    states, ``.grad``, ``requires_grad`` and x. What a forward pass or a hook writes elsewhere stays: in objects of
+    other classes, globals, files, other random generators. It costs a few forward and backward passes, three more
+    in double precision (ten if something is wrong), memory for some copies of the model, and a run of
+    :func:`find_nonsmooth`. DDP communicates nothing in them.
 
     Args:
         model: The model, wrapped and compiled as it will be trained.
@@ -77,13 +86,14 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
     """
     with torch.inference_mode(False), torch.enable_grad():
         findings = list(inspect(model, x, y))
-        if not _fails(findings) and not any(map(is_sharded, model.modules())):
+        runs = not any(map(is_sharded, model.modules()))
+        if runs and not _fails(findings):
             try:
                 with left_as_found(model, x.device):
                     findings.extend(Trial(model, x, y, cross_entropy if criterion is None else criterion).findings())
             except FoundError as found:
                 findings.extend(found.findings)
-        findings.extend(inspect_activations(model, None if _fails(findings) else x))
+        findings.extend(inspect_activations(model, x if runs and not _fails(findings) else None))
     return PreflightReport(tuple(sorted(findings, key=lambda finding: finding.severity == "warning")))
 
 

@@ -1,7 +1,6 @@
 """What can be said of a model without running it."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,11 @@ from gradreg.modes import batch_norms
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, complaint_of, join, modules_of
 from gradreg.smooth import NonSmooth, find_nonsmooth
 from gradreg.wrappers import frees_parameters, is_quantized, is_sharded, is_static
+
+_MEND_IDS = (
+    "Token ids have no gradient, but their vectors have: take x = embedding(ids).detach(), and as the model what comes "
+    "after the embedding."
+)
 
 
 def inspect(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding]:
@@ -39,7 +43,7 @@ def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding
             "Load the batch outside of inference mode, or clone() it there.",
         )
     elif complaint := complaint_of(check_input, x) or complaint_of(finite_range, x):
-        yield Finding("error", "", complaint)
+        yield Finding("error", "", complaint, "" if x.is_floating_point() else _MEND_IDS)
     parameters = dict(model.named_parameters())
     if lazy := [name for name, parameter in parameters.items() if is_lazy(parameter)]:
         yield Finding("error", modules_of(lazy), "not initialised yet.", "Run model(x) once.")
@@ -94,9 +98,18 @@ def _inspect_wrappers(model: nn.Module) -> Iterator[Finding]:
 
 
 def inspect_activations(model: nn.Module, x: Tensor | None) -> Iterator[Finding]:
-    """What is not smooth: what the batch meets of it, or what the code shows if there is no batch to run."""
+    """What is not smooth: what the batch meets of it, or what the code shows if there is none, or it cannot be run."""
     sites: dict[tuple[str, str], list[NonSmooth]] = {}
-    for site in _nonsmooth(model, x):
+    found, error = _nonsmooth(model, x)
+    if error is not None:
+        yield Finding(
+            "warning",
+            "",
+            "the activations were read from the code alone, which hides some and does not show what x meets of them: "
+            f"find_nonsmooth(model, x) raises {type(error).__name__}: {error}",
+            "The penalty needs nothing of it; to see the rest, mend what keeps a copy of the model from running.",
+        )
+    for site in found:
         if site.flat or site.share != 0:
             sites.setdefault((site.reason, site.mend), []).append(site)
     for (reason, mend), alike in sites.items():
@@ -109,11 +122,14 @@ def inspect_activations(model: nn.Module, x: Tensor | None) -> Iterator[Finding]
         )
 
 
-def _nonsmooth(model: nn.Module, x: Tensor | None) -> tuple[NonSmooth, ...]:
-    if x is not None:
-        with suppress(Exception):  # a model that cannot be copied, say: its code can be read all the same
-            return find_nonsmooth(model, x)
-    return find_nonsmooth(model)
+def _nonsmooth(model: nn.Module, x: Tensor | None) -> tuple[tuple[NonSmooth, ...], Exception | None]:
+    """What a run meets, or what the code shows if there is no run; and why there is none, though there is an x."""
+    if x is None:
+        return find_nonsmooth(model), None
+    try:
+        return find_nonsmooth(model, x.clone()), None
+    except Exception as error:  # a model that cannot be copied, say
+        return find_nonsmooth(model), error
 
 
 def _inspect_batch_norm(model: nn.Module, device: torch.device) -> Iterator[Finding]:

@@ -1,9 +1,10 @@
 """What a trial changes in a model, and how it is put back."""
 
-import copy
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -11,58 +12,101 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradreg.modes import random_state, replayed
 
-_OPAQUE = (DistributedDataParallel, torch.jit.ScriptModule)  # whose attributes are their own affair
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+PutBack = Callable[[], Any]
+
+_SYNCHRONISING = ("require_backward_grad_sync", "require_forward_param_sync")
 
 
 @contextmanager
 def left_as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Undo what forward passes do to a model and to the random states; keep DDP from communicating."""
-    # Of all buffers, as named_buffers() leaves out those that are None, which a forward pass may fill.
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
-    flags = [(module, module.training) for module in model.modules()]
-    kept = [(module, _kept_in(module)) for module in model.modules() if not isinstance(module, _OPAQUE)]
+    put_back = _remember(model, {})
     parallel = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    synced = [(ddp, ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in parallel]
+    attributes = [{name: getattr(ddp, name) for name in (*_SYNCHRONISING, "reducer")} for ddp in parallel]
     try:
         for ddp in parallel:
-            ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+            vars(ddp).update(dict.fromkeys(_SYNCHRONISING, False), reducer=_Idle())
         with replayed(random_state(device), device):
             yield
     finally:
-        for ddp, backward, forward in synced:
-            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = backward, forward
-        for module, flag in flags:
-            module.training = flag
-        for owner, before in kept:
-            _put_back(owner, before)
-        for (module, name, buffer), value in zip(buffers, values, strict=True):
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-            # Only what changed: a graph that is still alive may have saved the buffer in its present version.
-            if buffer is not None and value is not None and not torch.equal(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)
+        for ddp, before in zip(parallel, attributes, strict=True):
+            vars(ddp).update(before)
+        put_back()
 
 
-def _kept_in(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The tensors, lists and dictionaries in the attributes of a module, and copies of the last two."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    tensors = {name: (value, None) for name, value in own.items() if isinstance(value, Tensor)}
-    return tensors | {name: (value, copy.copy(value)) for name, value in own.items() if isinstance(value, list | dict)}
+@final
+class _Idle:
+    """In place of DDP's reducer: after the first step a forward pass has that exchange the layout of its buckets."""
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
-def _put_back(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    for name in _kept_in(module).keys() - before.keys():
-        del vars(module)[name]
-    for name, (value, content) in before.items():
-        vars(module)[name] = value
-        if isinstance(value, list):
-            value[:] = content
-        elif isinstance(value, dict):
-            value.clear()
-            value.update(content)
+def _remember(value: Any, seen: dict[int, Any]) -> PutBack:
+    """The function that gives a value the content back that it has now, and returns it.
+
+    Modules, tensors and containers have content; anything else is only put back in its place.
+    """
+    if id(value) in seen:  # one that is met twice, or that contains itself: the first meeting sees to it
+        return partial(_itself, value)
+    if not isinstance(value, nn.Module | Tensor | dict | list | deque | set | tuple):
+        return partial(_itself, value)
+    seen[id(value)] = value
+    if isinstance(value, Tensor):
+        has_values = value.layout is torch.strided and not value.is_meta
+        return partial(_fill_tensor, value, value.detach().clone()) if has_values else partial(_itself, value)
+    if isinstance(value, DistributedDataParallel | torch.jit.ScriptModule):  # the rest is their own affair
+        own = {"training": value.training, **value._parameters, **value._buffers, **value._modules}
+        return partial(_set_attributes, value, {name: _remember(item, seen) for name, item in own.items()})
+    if isinstance(value, nn.Module):
+        return partial(_fill_module, value, _remember(vars(value), seen))
+    if isinstance(value, dict):
+        return partial(_fill_dict, value, {key: _remember(item, seen) for key, item in value.items()})
+    return partial(_fill, value, [_remember(item, seen) for item in value])
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _fill_tensor(tensor: Tensor, content: Tensor) -> Tensor:
+    # Only what changed: a graph that is still alive may have saved the tensor in its present version.
+    if not torch.equal(tensor, content):
+        with torch.no_grad():
+            tensor.copy_(content)
+    return tensor
+
+
+def _set_attributes(module: nn.Module, content: dict[str, PutBack]) -> nn.Module:
+    for name, put_back in content.items():
+        value = put_back()
+        if getattr(module, name) is not value:
+            setattr(module, name, value)
+    return module
+
+
+def _fill_module(module: nn.Module, put_back: PutBack) -> nn.Module:
+    put_back()
+    return module
+
+
+def _fill_dict(value: dict[Any, Any], content: dict[Any, PutBack]) -> dict[Any, Any]:
+    items = {key: put_back() for key, put_back in content.items()}
+    value.clear()
+    value.update(items)
+    return value
+
+
+def _fill(value: Any, content: list[PutBack]) -> Any:
+    """Put the items back into a list, a queue or a set; those of a tuple are there."""
+    items = [put_back() for put_back in content]
+    if isinstance(value, set):
+        value.clear()
+        value.update(items)
+    elif not isinstance(value, tuple):
+        value.clear()
+        value.extend(items)
+    return value
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
@@ -145,6 +146,10 @@ class Trace:
                 handle.remove()
         order = list(dict.fromkeys(self._owners.values()))
         return {operation: sorted(owners, key=order.index) for operation, owners in found.items()}
+
+    def written_by_hand(self) -> list[str]:
+        """The modules that ran an autograd.Function."""
+        return [owner for node, owner in self._owners.items() if isinstance(node, BackwardCFunction)]
 
     def _first(self, condition: Callable[[Call], bool]) -> str:
         return next((call.name for call in self.calls if condition(call)), "")

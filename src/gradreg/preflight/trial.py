@@ -12,6 +12,7 @@ from gradreg.checks import check_labels, check_logits
 from gradreg.criteria import Criterion
 from gradreg.gradients import check_scores, input_gradient, new_nodes
 from gradreg.penalties import grad_norm
+from gradreg.preflight.comparison import compare
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, complaint_of, failure, join, modules_of
 from gradreg.preflight.restore import filled
 from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, tensors_in
@@ -62,6 +63,7 @@ class Trial:
             raise failure(self._turns(all_finite), "the input gradient is NaN or infinite here.", _MEND_NAN)
         if grad.any():
             _check_slopes(slopes)
+            self._compare()
         elif self._slope(logits.detach().requires_grad_()).any():
             yield from self._beyond_blank_weights()
         else:
@@ -85,6 +87,13 @@ class Trial:
         if any(node.name() in BARRIERS for node in new_nodes([penalty.grad_fn], ())):
             raise self._explained("its backward is marked once_differentiable")
         return logits, grad, dict(zip(trained, slopes, strict=False))
+
+    def _compare(self) -> None:
+        """Raise if double backward has run, but gives something else than the derivative of the input gradient."""
+        if wrong := compare(self.model, self.x, self.y, self.criterion):
+            trace = Trace()
+            trace.run(self.model, self.x)
+            raise failure(join(trace.written_by_hand()) if wrong.by_hand else "", wrong.problem, wrong.mend)
 
     def _beyond_blank_weights(self) -> Iterator[Finding]:
         """The input gradient is 0: go on with random numbers where a weight is 0, or raise."""
