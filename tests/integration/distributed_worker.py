@@ -27,6 +27,7 @@ from gradreg import (
     PenalizedModel,
     PGDAttack,
     Term,
+    find_nonsmooth,
     true_class,
 )
 
@@ -142,6 +143,17 @@ def _sharded(objective: PenalizedLoss, prepare: Callable[[nn.Module], None], res
     return max((a - b.detach()).abs().max().item() for a, b in zip(found, single.parameters(), strict=True))
 
 
+def _kinks_found_by_one_rank() -> float:
+    """One rank alone looks into models whose forward would wait for the other; 1 if it finds something else."""
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(2)]
+    inside, outside = map(DistributedDataParallel, layers)
+    if dist.get_rank():
+        return 0.0
+    models = nn.Sequential(nn.Identity(), inside), torch.compile(outside)
+    found = [site.name for model in models for site in find_nonsmooth(model, torch.randn(8, 6))]
+    return float(found != ["1.module.2", "_orig_mod.module.2"])
+
+
 CASES: dict[str, Callable[[], float]] = {
     "ddp together": _together,
     "ddp together, static_graph": lambda: _together(static_graph=True),
@@ -154,6 +166,7 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp finite differences": _finite_difference,
     "ddp finite differences, static_graph": lambda: _finite_difference(static_graph=True),
     "ddp after an attack": _after_an_attack,
+    "ddp kinks found by one rank": _kinks_found_by_one_rank,
     "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),
     "fsdp2 double backward, recipe": lambda: _sharded(
         _objective(), lambda model: model.set_reshard_after_backward(False, recurse=True), True

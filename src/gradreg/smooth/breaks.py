@@ -16,6 +16,8 @@ from torch import Tensor
 _ORDERS = (0, 1, 2)
 _COARSE, _FINE = 8, 32  # intervals
 _WINDOW = 12  # intervals of a close look
+_WIDTH = 4 / _FINE  # of the first close look, which leaves out half an interval at each end of the curve
+_ENDS = 6 / _FINE  # and one that leaves out nothing; a logarithm that begins near 0 looks broken there
 _LOOKS = 14  # close looks, each at half the width of the one before
 _SUSPECTS = 2  # of each order
 _NOISE = 16.0  # differences below this many units of rounding are rounding
@@ -50,12 +52,16 @@ def find_break(curve: Callable[[float], Tensor], *, expected: bool = False) -> B
     """
     points = [curve(k / _FINE) for k in range(_FINE + 1)]
     values, rounding = torch.stack(points).double(), _NOISE * torch.finfo(points[0].dtype).eps
+    if not values.numel():
+        return None
     strength = torch.stack([_strength(values, order, rounding) for order in _ORDERS])
     suspected = strength.amax(0) > 0
     orders = strength.gt(0).double().argmax(0)  # the lowest, for a jump shows in the higher differences too
     for element in _strongest(strength, orders):
         place = _place(values[:, element]) / _FINE
-        order = int(orders[element]) if expected else _look_closely(curve, element, place, rounding)
+        order = _look_closely(curve, element, place, rounding, _ENDS if expected else _WIDTH)
+        if order is None and expected:
+            order = int(orders[element])
         if order is not None:
             return Break(order, suspected.double().mean().item(), _is_straight(values, rounding))
     return None
@@ -95,17 +101,19 @@ def _strongest(strength: Tensor, orders: Tensor) -> list[int]:
     return chosen
 
 
-def _look_closely(curve: Callable[[float], Tensor], element: int, centre: float, rounding: float) -> int | None:
+def _look_closely(
+    curve: Callable[[float], Tensor], element: int, centre: float, rounding: float, width: float
+) -> int | None:
     """The order of an element's break near a place, if it stays a break from ever closer by."""
     jumps: dict[int, list[float]] = {order: [] for order in _ORDERS}
-    width = 4 / _FINE
     for _ in range(_LOOKS):
         start, step = min(max(centre - width / 2, 0.0), 1.0 - width), width / _WINDOW
         values = torch.stack([curve(start + k * step)[element] for k in range(_WINDOW + 1)]).double()
         noise = rounding * (values.abs().max() + values.diff().abs().max() / step)  # of the output, of the input
         for order in _ORDERS:
             derivative = values.diff(n=order) / step**order
-            if (jump := derivative.max() - derivative.min()) > noise * (2 / step) ** order:
+            jump = derivative.max() - derivative.min()
+            if jump > noise * (2 / step) ** order and jump > _NEGLIGIBLE * derivative.abs().max():
                 jumps[order].append(jump.item())
         centre, width = start + _place(values) * step, width / 2
     told = _ORDERS if rounding < 1e-12 else _ORDERS[:2]  # single precision is too coarse for curvatures

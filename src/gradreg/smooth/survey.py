@@ -80,9 +80,18 @@ def find_nonsmooth(model: nn.Module, x: Tensor | None = None) -> tuple[NonSmooth
     deviation. Each operation is then tried at 33 points of the straight line between what it was given in the two runs,
     and ever more closely where its value, slope or curvature seem to jump. What the code names and x does not reach is
     left out: a branch not taken, an activation of a position table. What it reaches has its :attr:`NonSmooth.share`,
-    which is 0 for a guard that is not met. What the code does not show is named by its operation (``aten.topk``). The
-    cost is that of two forward passes in double precision, and of 33 calls of every operation that is not known to be
-    smooth. A kink that lies elsewhere is not met; another batch may meet it.
+    which is 0 for a guard that is not met. What the code does not show is named by its operation (``aten.topk``). A
+    kink that lies elsewhere is not met; another batch may meet it.
+
+    * A module that runs other operations for x plus noise is named as a branch. The rest of its operations cannot be
+      tried, so that what its code names has no share; the modules that it calls in both runs are tried.
+    * A step beside a straight-through gradient is listed, for the values do jump. Its reason says that no gradient
+      passes through it, and its mend that it may stay.
+    * The copies run in double precision; a model that cannot runs as it is.
+    * The cost is that of up to five forward passes, and of 33 calls of every operation that is not known to be smooth.
+      It grows with the batch: give a few inputs (``x[:16]``) rather than thousands.
+    * No copy of ``DistributedDataParallel`` talks to other processes, so that one rank may call this alone. With
+      ``SyncBatchNorm`` in training mode all ranks have to.
 
     Args:
         model: The model; it is not changed. With x, the modes that it is in are those that are tried.
@@ -281,9 +290,14 @@ def _measured(model: nn.Module, surveyed: Iterable[Site], tried: Iterable[Tried]
     for site in surveyed:
         own = [trial for trial in tried if _is_of(trial, site, names)]
         unread = [trial for trial in unread if trial not in own]
-        flat = site.found.flat or any(map(_is_flat, own))
-        if own:
-            yield dataclasses.replace(site.found, flat=flat, share=max(trial.share for trial in own))
+        flat = site.found.flat or (site.operation != "softsign" and any(map(_is_flat, own)))
+        if site.found.mend == _UNREADABLE:  # it takes no hooks: what it runs is named after the module around it
+            yield site.found
+        elif own:
+            share = max((trial.share for trial in own if trial.share is not None), default=None)
+            broken = [trial for trial in own if trial.order is not None]
+            found = dataclasses.replace(site.found, flat=flat, share=share)
+            yield _detached(found) if broken and all(trial.detached for trial in broken) else found
     yield from map(_unread, unread)
 
 
@@ -299,14 +313,21 @@ def _is_flat(trial: Tried) -> bool:
 
 
 _JUMPS = "value jumps: a step, or a choice that depends on the input", "derivative jumps", "second derivative jumps"
+_UNSURE = "value or derivative jumps: it chooses between numbers that may agree where the choice changes"
+_DETACHED = "It may stay if that is meant, as in a straight-through gradient."
 
 
 def _unread(trial: Tried) -> NonSmooth:
     if not trial.operation:
-        reason = "for another input it runs other operations: a branch, at which its value may jump"
+        reason = "for another input it runs other operations, or on other shapes: a branch, at which its value may jump"
         return NonSmooth(trial.name, "branch", reason, _BRANCH, flat=False, share=trial.share)
     order = trial.order or 0
-    jump = Operation(f"its {_JUMPS[order]}", BY_HAND if order else OFF_THE_WAY)
+    jump = Operation(f"its {_JUMPS[order] if trial.exact else _UNSURE}", BY_HAND if order else OFF_THE_WAY)
     known = OPERATIONS.get(trial.operation, jump)
     mend = _OBSTRUCTED if known.replaceable else known.mend
-    return NonSmooth(trial.name, f"aten.{trial.operation}", known.reason, mend, _is_flat(trial), trial.share)
+    found = NonSmooth(trial.name, f"aten.{trial.operation}", known.reason, mend, _is_flat(trial), trial.share)
+    return _detached(found) if trial.detached else found
+
+
+def _detached(found: NonSmooth) -> NonSmooth:
+    return dataclasses.replace(found, reason=f"{found.reason}; no gradient passes through it", mend=_DETACHED)
