@@ -43,7 +43,7 @@ class NonSmooth:
             ReLU and its like, hard gates, shrinkage. Not so for an ELU or max pooling, which are smooth in between,
             for clamping, which may limit anything, nor for rounding, which has no gradient at all.
         share: With a batch, the part of its outputs that has a kink or a step on the way from the batch to its
-            neighbour; None without one.
+            neighbour; None without one, or where it could not be tried.
     """
 
     name: str
