@@ -9,7 +9,7 @@ quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -W error
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W error --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/lint.installed
 	$(BIN)/ruff format --check

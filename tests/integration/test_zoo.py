@@ -40,6 +40,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("member", [ZOO[name] for name in names], ids=names)
 
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # checking annotations would double the time
+
+
 @pytest.fixture(autouse=True)
 def _quiet(recwarn: pytest.WarningsRecorder) -> None:
     """The libraries' own warnings are not looked at."""
