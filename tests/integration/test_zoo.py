@@ -191,6 +191,8 @@ def test_the_verdict_of_preflight_is_what_happens_and_its_mends_work(member: Mem
         for _ in range(4):
             report = preflight(model, x, y)
             assert report.ok == penalty_works(model, x, y), str(report)
+            if report.ok:
+                break
             for error in report.errors:
                 model = list(mends(model, error))[choice](model)
         assert report.ok
