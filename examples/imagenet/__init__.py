@@ -5,6 +5,6 @@
     x, labels ── attack, if there is one ──> x ── PenalizedModel (DDP) ──> total.backward() ──> clip, step, EMA
     every so often ── checkpoints.save, evaluate ──> log.jsonl
 
-Nothing random has a state: augmentation is a function of seed, epoch and image, mixup and dropout of seed, step and rank.
-A run that was killed goes on from its last checkpoint to the very weights that it would have had.
+Nothing random has a state: augmentation is a function of seed, epoch and image, mixup and dropout of seed, step and
+rank. A run that was killed goes on from its last checkpoint to the very weights that it would have had.
 """

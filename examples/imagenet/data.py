@@ -65,8 +65,8 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __init__(self, folder: Path, split: str, recipe: Recipe) -> None:
         if not (folder / split).is_dir():
             raise RecipeError(
-                f"data: {folder} has no folder {split!r}. Expected {folder}/train and {folder}/val, each with one folder "
-                "of images per class; `python examples/photographs.py FOLDER --split` makes a small one."
+                f"data: {folder} has no folder {split!r}. Expected {folder}/train and {folder}/val, each with a "
+                "folder of images per class; `python examples/photographs.py FOLDER --split` makes a small one."
             )
         try:
             self.reader = create_dataset("", str(folder / split), split="", is_training=split == "train").reader
@@ -91,7 +91,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def _augmentation(recipe: Recipe) -> transforms.Compose:
-    """timm's training pipeline; erasing comes after normalisation, which pixel inputs then undo."""
+    """The training pipeline of timm; erasing comes after normalisation, which pixel inputs then undo."""
     data = recipe.data
     steps = create_transform(
         data.size, is_training=True, scale=data.crop_scale, hflip=data.hflip, interpolation=data.interpolation,

@@ -210,7 +210,7 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
                 log.write(training.step, told | {"seconds": time.perf_counter() - start})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in told.items()}, refresh=False)
             bar.update()
-            if ends and training.epoch % recipe.validation.every == 0 or training.step == parts.steps:
+            if (ends and training.epoch % recipe.validation.every == 0) or training.step == parts.steps:
                 for name, report in validate(training, held_out).items():
                     attacked = next(iter(report.attacks.values()))
                     log.write(training.step, {f"{name} clean": report.clean.value, f"{name} PGD": attacked.alone.value})
