@@ -22,7 +22,7 @@ from gradreg.scoring import EagerForward, Forward, Model, TransformedForward
 from gradreg.selectors import ClassSelector
 from gradreg.smooth import find_nonsmooth
 from gradreg.threat_models import Linf
-from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_static
+from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
 
 @final
@@ -254,11 +254,18 @@ class PenalizedLoss(nn.Module):
                 "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
                 "trained."
             )
-        if model in _inspected.setdefault(self, weakref.WeakSet()):
-            return False
-        _inspect(model, self.differentiation)
-        _inspected[self].add(model)
-        return True
+        first = model not in _inspected.setdefault(self, weakref.WeakSet())
+        if first:
+            _inspect(model, self.differentiation)
+            _inspected[self].add(model)
+            _sharded[model] = [name for name, module in model.named_modules() if is_sharded(module)]
+        if stale := [name for name in _sharded[model] if is_stale(model.get_submodule(name))]:
+            raise RuntimeError(
+                f"PenalizedLoss: the optimiser has changed the shards of {stale[0] or 'the model'}, which still holds "
+                "its full parameters of before: the step would train stale weights. Call reshard() on every FSDPModule "
+                "between backward and the optimiser's step."
+            )
+        return first
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
@@ -309,6 +316,7 @@ class PenalizedModel(nn.Module):
 
 # The models that an objective has found fit to be penalised, and has warned of.
 _inspected: "weakref.WeakKeyDictionary[PenalizedLoss, weakref.WeakSet[nn.Module]]" = weakref.WeakKeyDictionary()
+_sharded: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()  # the names of their units
 
 
 def _inspect(model: nn.Module, differentiation: Differentiation) -> None:

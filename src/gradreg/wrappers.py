@@ -1,5 +1,8 @@
 """What a model is wrapped in or was turned into, as far as that matters to a second derivative."""
 
+import weakref
+from typing import Any
+
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.nn.parallel import DistributedDataParallel
@@ -42,9 +45,34 @@ def frees_parameters(module: nn.Module) -> bool:
     """Whether a unit of FSDP frees its parameters after a backward pass; version 1 cannot be told not to."""
     if not _is_a(module, "FSDPModule"):
         return True
-    state = module._get_fsdp_state()  # type: ignore[operator]  # of fully_shard, and public only for setting
+    return any(getattr(group, "reshard_after_backward", False) for group in _groups(module))
+
+
+def is_stale(module: nn.Module) -> bool:
+    """Whether a unit of FSDP2 still holds the full parameters of before an optimiser's step.
+
+    The optimiser changes the shards; the next forward pass sees it only if they are gathered anew. Each call remembers
+    which version of the shards a forward pass that follows would gather.
+    """
+    gathered, versions = True, []
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            gathered &= parameter.sharded_state.name == "UNSHARDED"
+            versions.append(parameter.sharded_param._version)
+    if gathered and versions:
+        return _gathered.setdefault(module, versions) != versions
+    _gathered[module] = versions
+    return False
+
+
+_gathered: "weakref.WeakKeyDictionary[nn.Module, list[int]]" = weakref.WeakKeyDictionary()
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """The groups of parameters of a unit of FSDP2, which are public only for setting."""
+    state = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return any(getattr(group, "reshard_after_backward", False) for group in groups)
+    return [group for group in groups if group is not None]
 
 
 def _is_a(module: nn.Module, *names: str) -> bool:

@@ -92,6 +92,27 @@ def _outside(**options: object) -> float:
     return _error(wrapped, _reference(objective))
 
 
+def _five_steps(dtype: torch.dtype, **options: object) -> float:
+    """The parameters after five optimiser steps, each on two parts of its batch; SGD, which does not divide by noise."""
+    objective, (x, y) = _objective(), _batch()
+    single, model = _model().to(dtype), _model().to(dtype)
+    wrapped = DistributedDataParallel(PenalizedModel(model, objective), **options)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (model, single)]
+    parts = list(zip(_shard(x.to(dtype)).chunk(2), _shard(y).chunk(2), strict=True))
+    for _ in range(5):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with wrapped.no_sync():
+            (wrapped(*parts[0]).total / 2).backward()
+        (wrapped(*parts[1]).total / 2).backward()
+        objective(single, x.to(dtype), y).total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    largest = max(parameter.abs().max().item() for parameter in single.parameters())
+    pairs = zip(model.parameters(), single.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs) / largest
+
+
 def _accumulated() -> float:
     objective, (x, y) = _objective(), _batch()
     wrapped = DistributedDataParallel(PenalizedModel(_model(), objective))
@@ -161,6 +182,9 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp together, gradient_as_bucket_view": lambda: _together(gradient_as_bucket_view=True),
     "ddp together, tiny buckets": lambda: _together(bucket_cap_mb=1e-4),
     "ddp together, no_sync accumulation": _accumulated,
+    "ddp five steps, float64": lambda: _five_steps(torch.float64),
+    "ddp five steps, float32": lambda: _five_steps(torch.float32),
+    "ddp five steps, find_unused_parameters": lambda: _five_steps(torch.float64, find_unused_parameters=True),
     "ddp outside": _outside,
     "ddp outside, static_graph": lambda: _outside(static_graph=True),
     "ddp finite differences": _finite_difference,
@@ -170,6 +194,9 @@ CASES: dict[str, Callable[[], float]] = {
     "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),
     "fsdp2 double backward, recipe": lambda: _sharded(
         _objective(), lambda model: model.set_reshard_after_backward(False, recurse=True), True
+    ),
+    "fsdp2 double backward, reshard forgotten": lambda: _sharded(
+        _objective(), lambda model: model.set_reshard_after_backward(False, recurse=True), False
     ),
     "fsdp2 finite differences": lambda: _sharded(
         _objective(differentiation=FiniteDifference(0.1, Linf(0.1))), lambda model: None, False

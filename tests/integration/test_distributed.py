@@ -12,6 +12,14 @@ from distributed_worker import CASES
 REFUSED = {
     "ddp outside, static_graph": "PenalizedModel",
     "fsdp2 double backward, defaults": "set_reshard_after_backward",
+    "fsdp2 double backward, reshard forgotten": "reshard()",
+}
+
+
+TOLERANCES = {
+    "ddp five steps, float64": 1e-12,
+    "ddp five steps, float32": 1e-5,
+    "ddp five steps, find_unused_parameters": 1e-12,
 }
 
 
@@ -31,7 +39,7 @@ def test_equals_one_process(results: list[dict[str, float | str]], case: str) ->
         if case.startswith("fsdp2") and "'Stream' object has no attribute 'record_event'" in str(rank[case]):
             pytest.skip("fully_shard of this torch does not run on a CPU")
         assert isinstance(rank[case], float), rank[case]
-        assert rank[case] < 1e-11
+        assert rank[case] < TOLERANCES.get(case, 1e-11)
 
 
 @pytest.mark.parametrize("case", REFUSED)
