@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FORMS = ("thesis", "author_code", "pixel")
+NO_RECIPES = ("common", "differences")  # the other files of the folder
 
 
 class RecipeError(ValueError):
@@ -23,7 +24,12 @@ class RecipeError(ValueError):
 
 def _number(value: object) -> object:
     """Fractions are written as the papers write them: 4/255."""
-    return float(Fraction(value)) if isinstance(value, str) and "/" in value else value
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    try:
+        return float(Fraction(value))
+    except ZeroDivisionError:
+        raise ValueError("a fraction of 0") from None
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -300,8 +306,11 @@ class Recipe(_Part):
             raise ValueError("objective.grad_norm.sigma is for normalized inputs; with pixel inputs set it to null")
         if self.data.inputs == "pixel" and attack is not None and attack.final_check == "raw":
             raise ValueError("objective.attack.final_check: raw is a slip with normalized inputs, set normalized")
-        if attack is not None and attack.final_check == "raw" and attack.best == "last":
-            raise ValueError("objective.attack.final_check: with best: last nothing is compared, set normalized")
+        if attack is not None and attack.final_check == "raw" and attack.best != "batch":
+            raise ValueError(
+                f"objective.attack.final_check: raw is what best: batch compares with, and best is {attack.best}; set "
+                "normalized"
+            )
         if attack is not None and attack.kind == "nfgsm":
             plain = attack.steps, attack.step_size, attack.warmup_epochs, attack.best
             if plain != (1, attack.eps, 0, "last"):
@@ -327,7 +336,7 @@ class Recipe(_Part):
 
 def names() -> list[str]:
     """The recipes that there are."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "common")
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in NO_RECIPES)
 
 
 def load(name: str, form: str, changes: Iterable[str] = ()) -> Recipe:
@@ -342,16 +351,24 @@ def load(name: str, form: str, changes: Iterable[str] = ()) -> Recipe:
         RecipeError: If there is no such recipe, form or key, or what they say is impossible; it names the key.
     """
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
-    if not path.exists():
+    if not path.exists() or name in NO_RECIPES:
         raise RecipeError(f"There is no recipe {name!r}{_instead(name, names())}; there are {', '.join(names())}.")
-    content = yaml.safe_load(path.read_text())
+    content = _read(path.read_text(), path.name)
+    known = ("title", "published", "all", *FORMS)
+    for key in content.keys() - set(known):
+        raise RecipeError(f"{path.name}: there is no key {key}{_instead(key, known)}")
+    for key in ("title", "published"):
+        if key not in content:
+            raise RecipeError(f"{path.name}: {key} is missing")
     if form not in FORMS or form not in content:
         raise RecipeError(f"{path.name} has no form {form!r}; it has {', '.join(f for f in FORMS if f in content)}.")
-    values = yaml.safe_load((FOLDER / "common.yaml").read_text())
+    values = _read((FOLDER / "common.yaml").read_text(), "common.yaml")
     for layer in (content.get("all") or {}, content[form] or {}):
         values = _laid_over(values, layer)
     values |= {"recipe": path.stem, "form": form, "title": content["title"], "published": content["published"]}
     for change in changes:
+        if change.split("=")[0] in ("recipe", "form"):
+            raise RecipeError(f"{change!r}: recipe and form are chosen by their names, not set.")
         values = _laid_over(values, _nested(change))
     return parse(values, path.name)
 
@@ -373,6 +390,16 @@ def _told(part: Any, values: Mapping[str, Any]) -> str:
         return f"{key} is missing"
     found = "" if isinstance(part["input"], Mapping | BaseModel) else f", got {part['input']!r}"
     return f"{key + ': ' if key else ''}{part['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _read(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source}: expected keys with values, got {content!r}")
+    return content
 
 
 def _keys_at(place: Iterable[str]) -> list[str]:
@@ -401,7 +428,10 @@ def _nested(change: str) -> dict[str, Any]:
     key, separator, text = change.partition("=")
     if not separator or not key:
         raise RecipeError(f"A change is written section.key=value, got {change!r}.")
-    value: Any = yaml.safe_load(text)
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{key}: {text!r} is no value in YAML: {error}") from error
     for name in reversed(key.split(".")):
         value = {name: value}
     return value

@@ -93,7 +93,7 @@ def _outside(**options: object) -> float:
 
 
 def _five_steps(dtype: torch.dtype, **options: object) -> float:
-    """The parameters after five optimiser steps, each on two parts of its batch; SGD, which does not divide by noise."""
+    """The parameters after five optimiser steps, each on two parts of its batch; SGD does not divide by noise."""
     objective, (x, y) = _objective(), _batch()
     single, model = _model().to(dtype), _model().to(dtype)
     wrapped = DistributedDataParallel(PenalizedModel(model, objective), **options)
