@@ -28,6 +28,7 @@ from gradreg import (
     smoothify,
     with_normalization,
 )
+
 from imagenet.checkpoints import weights_in
 from imagenet.published import BatchBestPGD
 from imagenet.recipe import Attack, GradNorm, Ramp, Recipe, RecipeError
@@ -179,13 +180,14 @@ def _warmth(attack: Attack, epoch: int) -> float:
 
 
 def validation_attack(recipe: Recipe) -> PGDAttack:
-    """PGD as the recipe validates with."""
+    """PGD as the recipe validates with: of its iterates the last counts, as published."""
     units, validation = Units(recipe), recipe.validation
     return PGDAttack(
         Linf(units.radius(validation.eps)),
         steps=validation.steps,
         step_size=units.radius(validation.step_size),
         bounds=units.bounds,
+        best=False,
     )
 
 

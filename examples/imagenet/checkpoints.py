@@ -73,7 +73,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """The weights in an exported file, or in a checkpoint: there the raw ones."""
+    """The weights in an exported file, or in a checkpoint: there the raw ones, of the model as timm builds it."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
-    return load_file(path) if path.suffix == ".safetensors" else load(path)["model"]
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    weights = load(path)["model"]
+    inside = all(name.startswith("model.") for name in weights)  # of the layer that normalises
+    return {name.removeprefix("model.") if inside else name: value for name, value in weights.items()}

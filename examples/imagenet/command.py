@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from gradreg import preflight
+
 from imagenet.checkpoints import CheckpointError
 from imagenet.data import Images, Place, mixed, training_loader
 from imagenet.recipe import FORMS, Recipe, RecipeError, load, names
@@ -37,8 +38,6 @@ def main(default: str, description: str, argv: Sequence[str] | None = None) -> N
             dry_run(recipe, args.data, options, world)
             return
         if world.leads:
-            options.output.mkdir(parents=True, exist_ok=True)
-            (options.output / "recipe.yaml").write_text(str(recipe))
             print(recipe)
         train(recipe, args.data, options, world)
     except (RecipeError, CheckpointError) as error:
@@ -72,11 +71,11 @@ def dry_run(recipe: Recipe, folder: Path, options: Options, world: World) -> Non
     training = Training(recipe, images, world, options)
     parts = training.parts
     size = recipe.batch.of_a_part(world.processes)
-    stream = iter(training_loader(images, parts, options.workers))
-    x, labels = next(stream)
+    x, labels = next(iter(training_loader(images, parts, workers=0)))
     x, y = mixed(x, labels, recipe, images.classes, Place(0, 0, world.rank))
     few = min(4, size)
     report = preflight(training.model, x[:few].to(world.device), y[:few].to(world.device))
+    stream = iter(training_loader(images, parts, options.workers))
     seconds = []
     for _ in range(min(TIMED + 1, parts.steps)):
         start = time.perf_counter()
@@ -92,7 +91,7 @@ def dry_run(recipe: Recipe, folder: Path, options: Options, world: World) -> Non
         f"{(3 + bool(training.ema)) * weights / 2**30:.2f} GiB for weights, averages and AdamW, activations not counted"
     )  # fmt: skip
     print(recipe)
-    print(f"model: {recipe.model.name}, {images.classes} classes, {weights / 4e6:.1f} million parameters")
+    print(f"model: {recipe.model.name}, {images.classes} classes, {weights / 4e6:.2f} million parameters")
     print(report)
     print(f"data: {len(images)} images; {parts.steps_per_epoch} steps of {recipe.batch.total} images in an epoch")
     print(f"batch: {world.processes} processes x {recipe.batch.accumulation} parts x {size} images")

@@ -81,13 +81,25 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        file, label = self.reader[index]
         try:
-            image = Image.open(file).convert("RGB")
-        except OSError as error:
+            file, label = self.reader[index]
+            with file:
+                image = Image.open(file).convert("RGB")
+        except Exception as error:  # a decoder raises what it likes
             raise RecipeError(f"data: {self.reader.filename(index)} cannot be read as an image: {error}") from error
         with randomness(Use.AUGMENTATION, self.seed, epoch, index):
             return self.transform(image), label
+
+
+def check_same_classes(train: Images, val: Images) -> None:
+    """Raise, unless both splits have the same classes, and so the same numbers for them."""
+    first, second = (set(images.reader.class_to_idx) for images in (train, val))
+    if first != second:
+        one = sorted(first ^ second)[0]
+        raise RecipeError(
+            f"data: {len(first)} classes in train, {len(second)} in val; {one!r} is only in "
+            f"{'train' if one in first else 'val'}."
+        )
 
 
 def _augmentation(recipe: Recipe) -> transforms.Compose:
@@ -180,15 +192,23 @@ def training_loader(images: Images, parts: Parts, workers: int) -> DataLoader[tu
     """The stream of one process."""
     return DataLoader(
         images, batch_sampler=parts, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0, multiprocessing_context="forkserver" if workers else None,
+        persistent_workers=workers > 0, multiprocessing_context=_context(workers),
     )  # fmt: skip
+
+
+def _context(workers: int) -> str | None:
+    """How workers are started: they end with a trainer that was killed, which those of a forkserver would outlive."""
+    return "spawn" if workers else None
 
 
 def validation_loader(images: Images, count: int | None, size: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
     """Validation images in order, or as many of them as asked for, spread evenly; the same for every process."""
     spread = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).round().astype(int)
     batches = [[(0, int(index)) for index in part] for part in np.array_split(spread, -(-len(spread) // size))]
-    return DataLoader(images, batch_sampler=batches, num_workers=workers)
+    return DataLoader(
+        images, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+        multiprocessing_context=_context(workers),
+    )  # fmt: skip
 
 
 def mixed(x: Tensor, labels: Tensor, recipe: Recipe, classes: int, place: Place) -> tuple[Tensor, Tensor]:

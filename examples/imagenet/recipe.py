@@ -320,6 +320,8 @@ class Recipe(_Part):
                 )
         if not self.objective.loss_weight and not self.penalized:
             raise ValueError("objective.loss_weight is 0 and there is no penalty: nothing would be trained")
+        if self.objective.differentiation != "exact" and not self.penalized:
+            raise ValueError("objective.differentiation: there is no penalty to differentiate, set exact")
         if edges is not None and self.objective.differentiation != "exact" and grad_norm is None:
             raise ValueError("objective.differentiation: finite differences take their step from grad_norm, add it")
         if self.model.starts_from and self.model.pretrained:

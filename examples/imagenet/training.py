@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gradreg import PenalizedModel, RobustnessReport, evaluate
+
 from imagenet import checkpoints
 from imagenet.building import (
     build_attack,
@@ -28,7 +29,17 @@ from imagenet.building import (
     timm_model,
     validation_attack,
 )
-from imagenet.data import Images, Parts, Place, Use, keyed, mixed, training_loader, validation_loader
+from imagenet.data import (
+    Images,
+    Parts,
+    Place,
+    Use,
+    check_same_classes,
+    keyed,
+    mixed,
+    training_loader,
+    validation_loader,
+)
 from imagenet.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,9 +123,7 @@ class Training:
             penalized = torch.compile(penalized)
         if self.world.processes == 1:
             return penalized
-        # Without the loss, no gradient reaches the bias of the last layer.
-        unused = self.recipe.objective.loss_weight == 0
-        return DistributedDataParallel(penalized, find_unused_parameters=unused)
+        return DistributedDataParallel(penalized)
 
     @property
     def epoch(self) -> int:
@@ -162,6 +171,14 @@ class Training:
             self.ema.update(self.model)
         return norm.item()
 
+    def share_statistics(self) -> None:
+        """Give all processes the first one's buffers: those of BatchNorm are of its own images in each process."""
+        if self.world.processes == 1:
+            return
+        for model in (self.model, *([] if self.ema is None else [self.ema.module])):
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def state(self) -> dict[str, Any]:
         """All that the next steps hang on."""
         return {
@@ -189,12 +206,14 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
     """Run a recipe from where its output folder stands to its end, and export the weights."""
     images = Images(folder, "train", recipe)
     held_out = Images(folder, "val", recipe)
-    if held_out.classes != images.classes:
-        raise ValueError(f"data: {images.classes} classes in train, {held_out.classes} in val.")
+    check_same_classes(images, held_out)
     training = Training(recipe, images, world, options)
     last = options.output / "last.pt"
     if last.exists():
         training.resume(last)
+    if world.leads:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "recipe.yaml").write_text(str(recipe))
     log = Log(options, training.step, world)
     parts = Parts(len(images), recipe, world.rank, world.processes, start=training.step)
     batches = iter(training_loader(images, parts, options.workers))
@@ -204,9 +223,10 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
             start = time.perf_counter()
             told = training.take_step(batches)
             ends = training.step % parts.steps_per_epoch == 0
-            if training.step % options.log_every == 0 or ends:
+            saves = training.step % options.save_every == 0 or ends
+            if saves or training.step % options.log_every == 0:
                 told = world.mean(told)
-                _check_finite(told, training.step)
+                _check_finite(told, training)
                 log.write(training.step, told | {"seconds": time.perf_counter() - start})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in told.items()}, refresh=False)
             bar.update()
@@ -214,7 +234,7 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
                 for name, report in validate(training, held_out).items():
                     attacked = next(iter(report.attacks.values()))
                     log.write(training.step, {f"{name} clean": report.clean.value, f"{name} PGD": attacked.alone.value})
-            if world.leads and (training.step % options.save_every == 0 or ends):
+            if world.leads and saves:
                 checkpoints.save(last, training.state())
     if world.leads:
         checkpoints.export(options.output / "raw.safetensors", timm_model(training.model).state_dict())
@@ -222,17 +242,21 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
             checkpoints.export(options.output / "ema.safetensors", timm_model(training.ema.module).state_dict())
 
 
-def _check_finite(told: dict[str, float], step: int) -> None:
-    if wrong := [name for name, value in told.items() if not math.isfinite(value)]:
+def _check_finite(told: dict[str, float], training: Training) -> None:
+    # The scaler of float16 leaves out a step whose gradient is not finite, and halves its scale.
+    names = told.keys() - ({"grad_norm_of_weights"} if training.scaler.is_enabled() else set())
+    if wrong := sorted(name for name in names if not math.isfinite(told[name])):
         raise RuntimeError(
-            f"Step {step}: {', '.join(wrong)} is not finite. The last checkpoint is intact. A warm-up learning rate "
-            "or a penalty that is too large does this (section 4.3 of the thesis); float16 may need bfloat16."
+            f"Step {training.step}: {', '.join(wrong)} is not finite. The last checkpoint is intact. A learning rate, "
+            "that of the warm-up above all, or a penalty that is too large does this (section 4.3 of the thesis); "
+            "float16 may need bfloat16."
         )
 
 
 def validate(training: Training, images: Images) -> dict[str, RobustnessReport]:
     """Clean and PGD accuracy of the raw and the averaged weights, shared by the processes."""
     recipe = training.recipe
+    training.share_statistics()
     size = recipe.batch.of_a_part(training.world.processes)
     models = {"raw": training.model} | ({} if training.ema is None else {"ema": training.ema.module})
     loader = validation_loader(images, recipe.validation.images, size, training.options.workers)
