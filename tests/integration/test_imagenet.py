@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import photographs as example
 import pytest
 import timm
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from gradreg import smoothify
 
+import photographs as example
 from imagenet import checkpoints
 from imagenet.building import build_model, timm_model
 from imagenet.checkpoints import CheckpointError
