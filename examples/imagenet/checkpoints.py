@@ -27,6 +27,8 @@ def export(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 def _put(path: Path, write: Callable[[str], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for half in path.parent.glob(f".{path.name}.*"):  # of a run that was killed while it wrote
+        half.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:

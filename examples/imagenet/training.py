@@ -40,7 +40,7 @@ from imagenet.data import (
     training_loader,
     validation_loader,
 )
-from imagenet.recipe import Recipe
+from imagenet.recipe import Recipe, RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -281,8 +281,10 @@ class Log:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         self.path.write_text("".join(line + "\n" for line in kept))
         if options.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise RecipeError("--tensorboard: install it first, pip install tensorboard.") from error
             self.writer = SummaryWriter(str(options.output), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -136,6 +136,13 @@ def test_no_temporary_file_is_left(results: Path) -> None:
         assert {path.name for path in (results / run).iterdir() if path.suffix != ".txt"} == expected
 
 
+def test_what_a_kill_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
+    half = tmp_path / ".last.pt.abcdefgh.pt"
+    half.write_bytes(b"half")
+    checkpoints.save(tmp_path / "last.pt", {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
 def test_the_recipe_is_kept_with_the_run(results: Path) -> None:
     kept = (results / "swin" / "recipe.yaml").read_text()
     recipe = load("tiny_swin_gradnorm", "pixel", ["batch.total=12", "schedule.epochs=8"])
