@@ -963,7 +963,9 @@ def test_preflight_leaves_ddp_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: value for name, value in vars(ddp).items() if name.startswith("require_")}
     with monkeypatch.context() as patch:
         patch.setattr(ddp, "_sync_buffers", lambda: pytest.fail("preflight broadcasts buffers"))
+        ddp.register_forward_pre_hook(lambda module, args: setattr(module, "training", False))
         assert preflight(ddp, x, y).ok
+    assert ddp.training
     assert {name: value for name, value in vars(ddp).items() if name.startswith("require_")} == before
     explicit(ddp, x, y).backward()
 
