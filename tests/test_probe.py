@@ -553,6 +553,19 @@ def test_a_model_with_a_precision_of_its_own_is_tried_in_that(name: str) -> None
     assert found.share == pytest.approx(0.25, abs=0.1)
 
 
+def test_a_model_in_single_precision_is_tried_in_double_precision() -> None:
+    seen: list[torch.dtype] = []
+
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend((x.dtype, self.weight.dtype))
+            return super().forward(x).relu()
+
+    find_nonsmooth(Seen(6, 6), torch.randn(8, 6))
+    assert seen[:2] == [torch.float32] * 2  # what the code keeps outside of the model, it keeps as in a run of its own
+    assert set(seen[2:]) == {FLOAT64}
+
+
 def test_the_error_of_a_model_that_does_not_run_is_its_own_alone() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
         find_nonsmooth(nn.Linear(4, 4), torch.ones(2, 3))
@@ -740,7 +753,8 @@ def test_softsign_is_smooth_but_for_its_curvature() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inference_mode_finds_the_same(dtype: torch.dtype) -> None:
-    model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Apply(F.celu)).to(dtype), torch.randn(8, 6, dtype=dtype)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Apply(F.celu), StraightThrough()).to(dtype)
+    x = torch.randn(8, 6, dtype=dtype)
     expected = find_nonsmooth(model, x)
     with torch.inference_mode():
         assert find_nonsmooth(model, x) == expected

@@ -78,7 +78,7 @@ def probe(model: nn.Module, x: Tensor) -> list[Tried]:
     """
     _check(model, x)
     with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone()  # which is no inference tensor, whatever x is
+        x = x.detach()
         with suppress(Exception):  # what the code keeps outside of the model, it keeps as in a run of its own
             run(model, x)
         with suppress(Exception):  # a model with a precision of its own
@@ -132,13 +132,13 @@ class _Step:
 class _Call:
     """A module's call in the run on the neighbour: its own operations, and its calls of other modules by name.
 
-    ``apart`` says that the run on the batch went another way.
+    ``alone`` says that it is one of the run on the batch, and that the run on the neighbour has none for it.
     """
 
     name: str
     steps: deque[_Step] = field(default_factory=deque)
     calls: dict[str, deque["_Call"]] = field(default_factory=lambda: defaultdict(deque))
-    apart: bool = False
+    alone: bool = False
 
 
 @final
@@ -194,7 +194,7 @@ class _Compare(Watch):
         ahead = self._calls[-1].calls[name]
         if not ahead:
             self._part()
-        self._calls.append(ahead.popleft() if ahead else _Call(name, apart=True))
+        self._calls.append(ahead.popleft() if ahead else _Call(name, alone=True))
 
     def leave(self) -> None:
         call = self._calls[-1]
@@ -221,7 +221,7 @@ class _Compare(Watch):
     def _counterpart(self, func: Any, leaves: list[Any]) -> _Step | None:
         """The same operation of the other run; None if that went another way."""
         call = self._calls[-1]
-        if call.apart or not call.steps or not _is_like(call.steps[0], func, leaves):
+        if not call.steps or not _is_like(call.steps[0], func, leaves):
             self._part()
         elif _is_alike_in_shape(step := call.steps.popleft(), leaves):
             return step
@@ -233,9 +233,8 @@ class _Compare(Watch):
     def _part(self) -> None:
         """The two runs of the module that runs go different ways: what either of them still runs is not tried."""
         call = self._calls[-1]
-        if not call.apart:
+        if not call.alone:
             self._branch(call.name)
-            call.apart = True
         while call.steps:
             self._note(call.name, call.steps.popleft().func)
 
