@@ -575,7 +575,9 @@ def test_a_weight_of_zeros_is_no_step_function() -> None:
     x, y = batch(0)
     model = blank(features(nn.GELU()))
     assert not double_backward_works(model, x, y)  # before the optimiser's first step
+    place = model[-1].weight.data_ptr()
     report = preflight(model, x, y)
+    assert model[-1].weight.data_ptr() == place  # others may hold a view of it
     assert report.ok
     assert warnings_about(report, "its weight is 0") == ["2"]
     assert not model[-1].weight.any()
