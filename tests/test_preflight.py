@@ -537,6 +537,13 @@ def test_takes_no_surrogate_and_no_kink_for_a_wrong_double_backward(function: Ca
         assert preflight(features(*layers, Apply(function), nn.Linear(8, 8), nn.GELU()), *batch(0)).ok
 
 
+def test_takes_no_kink_at_zero_for_a_wrong_double_backward() -> None:
+    x, y = batch(0)
+    model = features(Apply(lambda x: x + 5 * x.relu() ** 2), nn.Linear(8, 8), nn.GELU())
+    nn.init.zeros_(model[0].bias)  # so that black images are at the kink of the slope
+    assert preflight(model, torch.zeros_like(x), y).ok
+
+
 def with_idle_scale(model: nn.Module) -> nn.Module:
     """A model with a parameter that has no dimension and no use."""
     model.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
