@@ -361,8 +361,8 @@ MUTATIONS = [
     Mutation("intervals.py", "range(min(first, second) + 1)", "range(min(first, second))"),
     Mutation("intervals.py", "excess = max(agree - n / 2, 0.0) if agree > 0 else agree", "excess = agree"),
     Mutation("intervals.py", "(one / n - low_1, high_2 - two / n)", "(one / n - low_1, two / n - low_2)"),
-    Mutation("state.py", "            os.fsync(file.fileno())\n", ""),
-    Mutation("state.py", "        os.replace(name, path)", "        path.write_text(text)"),
+    Mutation("state.py", "            os.fsync(file.fileno())\n", "            pass\n"),
+    Mutation("state.py", "        os.replace(name, path)", "        path.write_bytes(Path(name).read_bytes())"),
     Mutation("state.py", 'or content.get("kind") != kind:', "or False:"),
     # evaluation
     Mutation("evaluation/identity.py", "kind + image + label", "kind + image"),

@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, read as data and never as code, refused if they belong to another run."""
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gradreg.state import replacing
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or used. The last good one is left as it is."""
@@ -17,32 +17,23 @@ class CheckpointError(RuntimeError):
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Put a checkpoint in the place of a file: after a kill or on a full disk the old one is still there."""
-    _put(path, lambda file: torch.save(dict(content), file))
+    _put(path, lambda new: torch.save(dict(content), new))
 
 
 def export(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write weights as safetensors, as ``timm.create_model(..., checkpoint_path=path)`` reads them."""
-    _put(path, lambda file: save_file({name: value.contiguous() for name, value in weights.items()}, file))
+    _put(path, lambda new: save_file({name: value.contiguous() for name, value in weights.items()}, new))
 
 
-def _put(path: Path, write: Callable[[str], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _put(path: Path, write: Callable[[Path], None]) -> None:
     for half in path.parent.glob(f".{path.name}.*"):  # of a run that was killed while it wrote
         half.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
     try:
-        write(name)
-        os.umask(mask := os.umask(0))
-        os.chmod(name, 0o666 & ~mask)  # as any file is made; a temporary one is for its owner alone
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        with replacing(path) as new:
+            write(new)
     except Exception as error:
         kept = f"; {path} of before is intact" if path.exists() else ""
         raise CheckpointError(f"{path} could not be written: {error}{kept}.") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import Linf, cross_entropy, input_gradient
+from gradreg.modes import evaluating
 
 
 @final
@@ -35,13 +36,8 @@ class BatchBestPGD:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The perturbed batch, from a model that is in evaluation mode meanwhile."""
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model):
             return self._perturb(model, x, y)
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         step, low, high = (torch.as_tensor(value).to(x) for value in (self.step_size, *self.bounds))

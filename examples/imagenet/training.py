@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,11 @@ class Training:
         return DistributedDataParallel(penalized)
 
     @property
+    def _settings(self) -> dict[str, Any]:
+        """All that decides the trained weights."""
+        return self.recipe.settings() | {"processes": self.world.processes}
+
+    @property
     def epoch(self) -> int:
         """The epoch that the next step is in."""
         return self.step // self.parts.steps_per_epoch
@@ -182,7 +187,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """All that the next steps hang on."""
         return {
-            "settings": self.recipe.settings() | {"processes": self.world.processes},
+            "settings": self._settings,
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -193,7 +198,7 @@ class Training:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of this very run."""
         content = checkpoints.load(path)
-        checkpoints.check_same_run(content, self.recipe.settings() | {"processes": self.world.processes}, path)
+        checkpoints.check_same_run(content, self._settings, path)
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
@@ -215,7 +220,7 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "recipe.yaml").write_text(str(recipe))
     log = Log(options, training.step, world)
-    parts = Parts(len(images), recipe, world.rank, world.processes, start=training.step)
+    parts = replace(training.parts, start=training.step)
     batches = iter(training_loader(images, parts, options.workers))
     bar = tqdm(initial=training.step, total=parts.steps, unit="step", disable=not world.leads, smoothing=0.05)
     with bar:

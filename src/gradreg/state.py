@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,39 @@ class StateError(RuntimeError):
     """A state file cannot be used: it is damaged, or belongs to other work. It is left as it is."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put text in the place of a file: after a crash at any moment either the old file is there or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to be written in the block, which then takes the place of another.
+
+    After a crash at any moment either the old file is there or the new one, whole.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written; the old file is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
     try:
+        yield Path(name)
         os.umask(mask := os.umask(0))
         os.chmod(name, 0o666 & ~mask)  # as any file is made; a temporary one is for its owner alone
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
     if os.name == "posix":  # the new name is on the disk only when its folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put text in the place of a file; see :func:`replacing`."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def read_state(path: Path, kind: str, version: int, fields: Sequence[str] = ()) -> dict[str, Any]:

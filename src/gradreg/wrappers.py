@@ -68,9 +68,9 @@ def is_stale(module: nn.Module) -> bool:
 _gathered: "weakref.WeakKeyDictionary[nn.Module, list[int]]" = weakref.WeakKeyDictionary()
 
 
-def _groups(module: nn.Module) -> list[Any]:
-    """The groups of parameters of a unit of FSDP2, which are public only for setting."""
-    state = module._get_fsdp_state()  # type: ignore[operator]
+def _groups(unit: Any) -> list[Any]:
+    """The groups of parameters of an FSDPModule, which are public only for setting."""
+    state = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     return [group for group in groups if group is not None]
 

@@ -4,18 +4,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.parallel import DistributedDataParallel
 
 from gradreg.criteria import Criterion
 from gradreg.gradients import input_gradient
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE
 from gradreg.preflight.restore import left_as_found
-from gradreg.preflight.trace import tensors_in
+from gradreg.smooth.runs import alone
 
 _DIRECTIONS = 2
 _STEPS = (1e-8, 1e-7)  # in units of each weight's size: so short that hardly a ReLU changes sides
@@ -76,7 +75,7 @@ class _Copy:
     """A copy in double precision, and two functions of its trained weights, in one tensor: the loss and F."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, criterion: Criterion) -> None:
-        self._net = _without_wrappers(model).double()
+        self._net = alone(model, precise=True)
         self._weights = [parameter for parameter in self._net.parameters() if parameter.requires_grad]
         self._x = x.detach().double()
         self._y = y.double() if y.is_floating_point() else y
@@ -151,17 +150,3 @@ class _Copy:
 
 def _relative(value: Tensor, other: Tensor) -> Tensor:
     return (value - other).abs() / torch.maximum(value.abs(), other.abs())
-
-
-def _without_wrappers(model: nn.Module) -> nn.Module:
-    """A copy without DDP, which would communicate, and without torch.compile."""
-    made: dict[int, Any] = {}
-    for module in reversed(list(model.modules())):  # the innermost first
-        for tensor in tensors_in(list(vars(module).values())):
-            if tensor.grad_fn is not None:  # which deepcopy refuses
-                made[id(tensor)] = tensor.detach().clone()
-        if isinstance(module, DistributedDataParallel):
-            made[id(module)] = copy.deepcopy(module.module, made)
-        elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
-            made[id(module)] = copy.deepcopy(original, made)
-    return copy.deepcopy(model, made)

@@ -9,6 +9,7 @@ that it is called on, and a class can be derived again when a pickle is loaded.
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -18,10 +19,11 @@ from torch.overrides import TorchFunctionMode, get_testing_overrides
 
 from gradreg.smooth.activations import FUNCTIONS, IN_PLACE, OPERATIONS, twin
 
+_REPLACEABLE = {function: name for function, name in FUNCTIONS.items() if OPERATIONS[name].replaceable}
 _PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
     function: tuple(inspect.signature(function).parameters)
-    for function, operation in FUNCTIONS.items()
-    if OPERATIONS[operation].replaceable and isinstance(function, FunctionType)
+    for function in _REPLACEABLE
+    if isinstance(function, FunctionType)
 }
 # torch.compile hands only the functions of this list to function modes, and computes others as they are.
 UNTRACED = frozenset(FUNCTIONS) - frozenset(get_testing_overrides())
@@ -47,8 +49,7 @@ class SmoothCalls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        operation = FUNCTIONS.get(func, "")
-        if not operation or not OPERATIONS[operation].replaceable:
+        if func not in _REPLACEABLE:
             return func(*args, **kwargs)
         names = _PARAMETERS.get(func, ("input", "min_val", "max_val"))
 
@@ -58,7 +59,7 @@ class SmoothCalls(TorchFunctionMode):
 
         x, limits = argument("input", None), (argument("min_val", -1.0), argument("max_val", 1.0))
         # Not the module but its forward: torch.fx refuses to trace a module that is not registered in the model.
-        smooth = twin(operation, lambda: self._act, *limits).forward
+        smooth = twin(_REPLACEABLE[func], lambda: self._act, *limits).forward
         if func in IN_PLACE or argument("inplace", False):
             # The twin keeps its input for the backward pass, so it must not be the tensor that is overwritten.
             return x.copy_(smooth(x.clone()))
@@ -80,10 +81,7 @@ class PlainCalls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        operation = FUNCTIONS.get(func, "")
-        if not operation or not OPERATIONS[operation].replaceable:
-            return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction() if func in _REPLACEABLE else nullcontext():
             return func(*args, **(kwargs or {}))
 
 
@@ -125,8 +123,11 @@ def derive(derivation: Derivation) -> type[nn.Module]:
     """A subclass of a module class, of the same name, some of whose methods run under a mode."""
     if derivation not in _DERIVED:
         base = derivation.base
-        namespace: dict[str, Any] = {name: _smooth(getattr(base, name), derivation) for name in derivation.smooth}
-        namespace |= {name: _plain(getattr(base, name)) for name in derivation.plain}
+        namespace: dict[str, Any] = {
+            name: _under(lambda self: SmoothCalls(self._gradreg_act), getattr(base, name), derivation.uncompiled)
+            for name in derivation.smooth
+        }
+        namespace |= {name: _under(lambda self: PlainCalls(), getattr(base, name)) for name in derivation.plain}
         namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         metaclass: Callable[..., type[nn.Module]] = type(base)
         own = {"_gradreg_derivation": derivation}
@@ -139,22 +140,17 @@ def _new_derived(*derivation: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _smooth(method: Callable[..., Any], derivation: Derivation) -> Callable[..., Any]:
+def _under(
+    mode: Callable[[Any], TorchFunctionMode], method: Callable[..., Any], uncompiled: bool = False
+) -> Callable[..., Any]:
+    """A method that runs under the mode that is made for its module."""
+
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with SmoothCalls(self._gradreg_act):
+        with mode(self):
             return method(self, *args, **kwargs)
 
-    return torch.compiler.disable(wrapped) if derivation.uncompiled else wrapped
-
-
-def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with PlainCalls():
-            return method(self, *args, **kwargs)
-
-    return wrapped
+    return torch.compiler.disable(wrapped) if uncompiled else wrapped
 
 
 def derivation_of(module: nn.Module) -> Derivation:
@@ -181,6 +177,7 @@ def put_on(module: nn.Module, kind: type[nn.Module], act: nn.Module | None) -> N
 
 def take_off(module: nn.Module) -> None:
     """Undo :func:`put_on`, where it was done."""
-    if isinstance(module, Derived):
+    base = derivation_of(module).base
+    if base is not type(module):
         vars(module).pop("_gradreg_act", None)
-        module.__class__ = derivation_of(module).base  # type: ignore[assignment]  # of the class without Derived
+        module.__class__ = base

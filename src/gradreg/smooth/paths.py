@@ -7,7 +7,7 @@ needs the exp(x) of the very place at which x > 0 changes.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, final
 
@@ -123,7 +123,7 @@ class Moved:
                 return ways.get(id(path.of), path)
             return Made(path.by.on(ways), path.index) if isinstance(path, Made) else path
 
-        return Moved(self.func, [other(path) for path in self.paths], self.spec, self.device, self.random)
+        return replace(self, paths=[other(path) for path in self.paths])
 
     def in_double_precision(self) -> "Moved":
         """The same of numbers in double precision."""
@@ -133,7 +133,7 @@ class Moved:
                 return Line(path.of, promoted(path.start), promoted(path.end))
             return promoted(path) if isinstance(path, Tensor) else path
 
-        return Moved(self.func, [promote(path) for path in self.paths], self.spec, self.device, self.random)
+        return replace(self, paths=[promote(path) for path in self.paths])
 
     def _lines(self) -> Iterator[Line]:
         for path in self.paths:

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradreg.modes import random_state, replayed
@@ -31,7 +32,7 @@ def run(model: nn.Module, x: Tensor, watch: Watch | None = None) -> Any:
 
     Random numbers are drawn as if nothing had been drawn since, those of Python and NumPy included.
     """
-    net, x = _copied(model, precise=x.dtype == torch.float64), x.clone()  # a model may write to its input
+    net, x = alone(model, precise=x.dtype == torch.float64), x.clone()  # a model may write to its input
     if watch is None:
         with _same_draws(x.device):
             return net(x)
@@ -42,21 +43,35 @@ def run(model: nn.Module, x: Tensor, watch: Watch | None = None) -> Any:
         return net(x)
 
 
-def _copied(model: nn.Module, *, precise: bool) -> nn.Module:
-    """A copy in which no part waits for other processes, with the same names."""
-    alone = {module: _Alone() for module in model.modules() if isinstance(module, DistributedDataParallel)}
-    memo: dict[int, Any] = {id(module): copied for module, copied in alone.items()}
+def alone(model: nn.Module, *, precise: bool) -> nn.Module:
+    """A copy in which no part waits for other processes, with the same names, in double precision if need be.
+
+    Tensors that it keeps with a graph, which ``deepcopy`` refuses, are without it there.
+    """
+    parallel = {module: _Alone() for module in model.modules() if isinstance(module, DistributedDataParallel)}
+    memo: dict[int, Any] = {id(module): copied for module, copied in parallel.items()}
     try:
-        for module, copied in alone.items():
-            copied.training = module.training
-            copied.module = copy.deepcopy(module.module, memo)
-        net = copy.deepcopy(model, memo)
+        with _Severed():
+            for module, copied in parallel.items():
+                copied.training = module.training
+                copied.module = copy.deepcopy(module.module, memo)
+            net = copy.deepcopy(model, memo)
     except Exception as error:
         raise RuntimeError(
             f"find_nonsmooth: {type(model).__name__} cannot be copied ({error}), so that it cannot be tried. Leave x "
             "out to survey the code alone."
         ) from error
     return net._apply(promoted) if precise else net
+
+
+@final
+class _Severed(TorchFunctionMode):
+    """While it is entered, ``deepcopy`` takes a tensor without its graph, rather than refusing one that has a graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            args = (args[0].detach(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @final
