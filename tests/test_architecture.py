@@ -21,6 +21,7 @@ SOURCE = Path(gradreg.__file__).parent
 LAYERS: list[set[str]] = [
     {
         "checks",
+        "copies",
         "criteria",
         "edges",
         "gradients",

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from gradreg.copies import alone
 from gradreg.criteria import Criterion
 from gradreg.gradients import input_gradient
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE
 from gradreg.preflight.restore import left_as_found
-from gradreg.smooth.runs import alone
 
 _DIRECTIONS = 2
 _STEPS = (1e-8, 1e-7)  # in units of each weight's size: so short that hardly a ReLU changes sides

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradreg.copies import promoted
 from gradreg.modes import RandomState, replayed
 
 _ELEMENTS = 2**14  # of the outputs of one operation, how many are looked at
@@ -209,13 +210,6 @@ def first_to_run(*operations: Moved) -> Moved:
             moved(0.0)
             return moved
     return operations[-1]
-
-
-def promoted(values: Tensor) -> Tensor:
-    """Numbers in double precision; anything else as it is."""
-    if values.is_complex():
-        return values.to(torch.complex128)
-    return values.double() if values.is_floating_point() else values
 
 
 def is_number(leaf: Any) -> bool:

@@ -1,20 +1,17 @@
-"""Runs a model so that its operations can be watched: copies of it, in this process alone, all in the same way."""
+"""Runs a model so that its operations can be watched: copies of it, all in the same way."""
 
-import copy
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradreg.copies import alone
 from gradreg.modes import random_state, replayed
-from gradreg.smooth.paths import promoted
 
 
 class Watch(TorchDispatchMode):
@@ -32,7 +29,7 @@ def run(model: nn.Module, x: Tensor, watch: Watch | None = None) -> Any:
 
     Random numbers are drawn as if nothing had been drawn since, those of Python and NumPy included.
     """
-    net, x = alone(model, precise=x.dtype == torch.float64), x.clone()  # a model may write to its input
+    net, x = _copied(model, precise=x.dtype == torch.float64), x.clone()  # a model may write to its input
     if watch is None:
         with _same_draws(x.device):
             return net(x)
@@ -43,45 +40,14 @@ def run(model: nn.Module, x: Tensor, watch: Watch | None = None) -> Any:
         return net(x)
 
 
-def alone(model: nn.Module, *, precise: bool) -> nn.Module:
-    """A copy in which no part waits for other processes, with the same names, in double precision if need be.
-
-    Tensors that it keeps with a graph, which ``deepcopy`` refuses, are without it there.
-    """
-    parallel = {module: _Alone() for module in model.modules() if isinstance(module, DistributedDataParallel)}
-    memo: dict[int, Any] = {id(module): copied for module, copied in parallel.items()}
+def _copied(model: nn.Module, *, precise: bool) -> nn.Module:
     try:
-        with _Severed():
-            for module, copied in parallel.items():
-                copied.training = module.training
-                copied.module = copy.deepcopy(module.module, memo)
-            net = copy.deepcopy(model, memo)
+        return alone(model, precise=precise)
     except Exception as error:
         raise RuntimeError(
             f"find_nonsmooth: {type(model).__name__} cannot be copied ({error}), so that it cannot be tried. Leave x "
             "out to survey the code alone."
         ) from error
-    return net._apply(promoted) if precise else net
-
-
-@final
-class _Severed(TorchFunctionMode):
-    """While it is entered, ``deepcopy`` takes a tensor without its graph, rather than refusing one that has a graph."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
-            args = (args[0].detach(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-@final
-class _Alone(nn.Module):
-    """What stands for DistributedDataParallel in a copy."""
-
-    module: nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 def _follow(module: nn.Module, name: str, watch: Watch) -> None:
