@@ -35,7 +35,8 @@ LAYERS: list[set[str]] = [
         "wrappers",
     },
     {"attacks", "differentiation", "penalties", "scoring", "smooth"},
-    {"evaluation", "objective", "preflight"},
+    {"evaluation", "model_checks", "preflight"},
+    {"objective"},
 ]
 PARTS = sorted(
     path.stem for path in SOURCE.iterdir() if path.stem[0] != "_" and (path.is_dir() or path.suffix == ".py")
@@ -96,6 +97,7 @@ PUBLIC = [
     "dlr",
     "edge_alignment",
     "evaluate",
+    "every",
     "find_nonsmooth",
     "grad_norm",
     "input_gradient",

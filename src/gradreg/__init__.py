@@ -34,7 +34,7 @@ from gradreg.normalization import Normalize, with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
 from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, edge_alignment, grad_norm
 from gradreg.preflight import Finding, PreflightReport, preflight
-from gradreg.schedules import Schedule, constant, cosine_ramp, join, linear_ramp
+from gradreg.schedules import Schedule, constant, cosine_ramp, every, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
 from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify, unsmoothify
 from gradreg.state import StateError
@@ -91,6 +91,7 @@ __all__ = [
     "dlr",
     "edge_alignment",
     "evaluate",
+    "every",
     "find_nonsmooth",
     "grad_norm",
     "input_gradient",

@@ -7,6 +7,7 @@ from typing import Any, cast, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ScoresAt = Callable[[Tensor], Tensor]
 # TorchScript's nodes have the methods of torch.autograd.graph.Node, but are not of that type.
@@ -112,6 +113,54 @@ def input_gradient_of(
     check_scores(losses, x)
     (grad,) = pull_back(torch.ones_like(losses))
     return grad, losses
+
+
+def in_one_pass(
+    losses: Float[Tensor, "B"], x: Float[Tensor, "B *x"], scale: float = 1.0
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B *x"]]:
+    """Both gradients of the losses, with respect to x and to the parameters, from one backward pass.
+
+    The graph of the losses is freed. Those that are returned carry the parameters' gradient in its place, and hand it
+    on when they are differentiated, as long as every loss counts the same: their sum or mean, times anything.
+
+    Args:
+        losses: One loss per sample.
+        x: The input that they were computed from.
+        scale: Factor on the losses while their gradients are taken, divided out again.
+
+    Returns:
+        The losses, and the gradients with respect to x.
+
+    Raises:
+        RuntimeError: If a parameter has a hook on its gradient, which would run twice.
+    """
+    nodes = new_nodes([losses.grad_fn], ())
+    leaves = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad" and node.variable is not x]
+    if any(leaf._backward_hooks for leaf in leaves):
+        raise RuntimeError(
+            "FiniteDifference(one_pass=True): a parameter has a hook on its gradient (register_hook), which would run "
+            "twice. Remove it, or use one_pass=False."
+        )
+    grad, *parameter_grads = torch.autograd.grad(losses.sum() * scale, [x, *leaves])
+    if scale != 1:
+        parameter_grads = [parameter_grad / scale for parameter_grad in parameter_grads]
+    carrying = cast("Tensor", _CarriesGradients.apply(losses.detach(), parameter_grads, *leaves))
+    return carrying, grad
+
+
+class _CarriesGradients(torch.autograd.Function):
+    """Losses, and the gradients of their sum with respect to leaves, which are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.grads = grads
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        factor = cotangents[0]  # the same for every loss
+        return None, None, *(grad * factor.to(grad.dtype) for grad in ctx.grads)
 
 
 def with_pull_back(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:

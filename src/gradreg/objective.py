@@ -1,8 +1,6 @@
 """The training objective: the loss that the user already has, plus penalties on input gradients."""
 
-import itertools
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -11,18 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradreg import checks
+from gradreg import checks, model_checks
 from gradreg.criteria import Criterion
-from gradreg.differentiation import Differentiation, DoubleBackward, PenaltyFunction
-from gradreg.gradients import in_transform, new_nodes
-from gradreg.modes import batch_norms
+from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference, PenaltyFunction
+from gradreg.gradients import in_transform
 from gradreg.normalization import Normalize
+from gradreg.penalties import GradNormPenalty
 from gradreg.schedules import Schedule
-from gradreg.scoring import EagerForward, Forward, Model, TransformedForward
+from gradreg.scoring import EagerForward, Forward, Model, SplitForward, TransformedForward, drawn
 from gradreg.selectors import ClassSelector
-from gradreg.smooth import find_nonsmooth
-from gradreg.threat_models import Linf
-from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
+from gradreg.threat_models import Linf, ThreatModel
 
 
 @final
@@ -74,7 +70,7 @@ class PenalizedOutput(NamedTuple):
         loss: The batch mean of the user's own loss.
         logits: The model's output.
         penalties: Each penalty that had a weight at this step, per sample ``(B,)`` and unweighted, by the name of its
-            term.
+            term. With a ``fraction`` of the batch, only of the samples that were drawn.
     """
 
     total: Float[Tensor, ""]
@@ -105,6 +101,12 @@ class PenalizedLoss(nn.Module):
         loss_weight: Factor of the loss's batch mean: a number or a schedule.
         differentiation: How the penalties' gradients reach the weights: :class:`gradreg.DoubleBackward` (exact) or
             :class:`gradreg.FiniteDifference`.
+        noise: A ball in which the whole objective, loss and penalties, is taken at a random point around x, one for
+            each sample: ``Linf(4 / 255)``. In expectation that is the objective smoothed over the ball. The points are
+            not clipped to a range of pixels.
+        fraction: The share of the batch whose penalties are computed, drawn anew at every call: 0.25 is a quarter, at
+            a quarter of the cost beside the loss. The expected gradient is that of all samples, for penalties of one
+            sample at a time. Not for models that normalise by the statistics of the batch.
         inner_scale: Factor on the score while the input gradient is taken, divided out in float32. For float16, whose
             range ends at 6e-8: a constant such as ``2**10`` keeps small gradients from flushing to 0. Any other type
             needs none.
@@ -131,6 +133,8 @@ class PenalizedLoss(nn.Module):
         *,
         loss_weight: float | Schedule = 1.0,
         differentiation: Differentiation | None = None,
+        noise: ThreatModel | None = None,
+        fraction: float = 1.0,
         inner_scale: float = 1.0,
         validate: bool = False,
     ) -> None:
@@ -155,6 +159,20 @@ class PenalizedLoss(nn.Module):
             _checked_weight(loss_weight, "loss_weight")
         if not inner_scale > 0:
             raise ValueError(f"PenalizedLoss: inner_scale must be above 0, got {inner_scale}.")
+        if not isinstance(noise, ThreatModel | None):
+            raise TypeError(f"PenalizedLoss: noise is a ball to draw from, such as Linf(4 / 255); got {noise!r}.")
+        if not 0 < fraction <= 1:
+            raise ValueError(
+                f"PenalizedLoss: fraction is the share of the batch that is penalised, in (0, 1]; got {fraction}. "
+                "Without any, pass no terms."
+            )
+        self._one_pass = isinstance(differentiation, FiniteDifference) and differentiation.one_pass
+        for name, term in terms.items():
+            if self._one_pass and (term.of is not None or not isinstance(term.penalty, GradNormPenalty)):
+                raise ValueError(
+                    f"PenalizedLoss: term {name!r} is not a GradNormPenalty of the loss, and FiniteDifference(one_pass="
+                    "True) works for no other. Use one_pass=False."
+                )
         self.criterion = criterion
         self.terms = dict(terms)
         self._names_by_score = _grouped(self.terms)
@@ -162,6 +180,8 @@ class PenalizedLoss(nn.Module):
         self._penalties = nn.ModuleList(t.penalty for t in self.terms.values() if isinstance(t.penalty, nn.Module))
         self.loss_weight = loss_weight
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
+        self.noise = noise
+        self.fraction = fraction
         self.inner_scale = inner_scale
         self.validate = validate
 
@@ -193,27 +213,38 @@ class PenalizedLoss(nn.Module):
         weights = {name: term.weight_at(t) for name, term in self.terms.items()}
         active = [name for name, weight in weights.items() if weight > 0]
         checks.check_input(x)
-        forward: Forward
-        if in_transform():
-            forward = TransformedForward(model, self.criterion, x, y, self.inner_scale)
-        else:
-            look = checks.may_look(self, x, self.validate)
-            first = bool(active) and self._check_setup(model)
-            if look:
-                self._check_values(model, x, active)
-            forward = EagerForward(
+        transformed = in_transform()
+        look = not transformed and checks.may_look(self, x, self.validate)
+        first = not transformed and bool(active) and model_checks.is_first_meeting(self, model, self.differentiation)
+        if look:
+            self._check_values(model, x, active)
+        if self.noise is not None:
+            x = x + self.noise.sample_like(x)
+
+        def forward_of(x: Tensor, y: Tensor, penalised: bool) -> Forward:
+            if transformed:
+                return TransformedForward(model, self.criterion, x, y, self.inner_scale)
+            return EagerForward(
                 model,
                 self.criterion,
                 x,
                 y,
                 self.inner_scale,
-                differentiable=bool(active),
-                replay=bool(active) and self.differentiation.looks_elsewhere,
+                differentiable=penalised,
+                replay=penalised and self.differentiation.looks_elsewhere,
+                one_pass=penalised and self._one_pass,
                 look=look,
             )
-            if first and isinstance(self.differentiation, DoubleBackward):
-                _warn_of_fused_attention(forward.logits)
-        total = loss_weight * forward.losses
+
+        if active and drawn(len(x), self.fraction) < len(x):
+            model_checks.check_samples_are_apart(model)
+            forward: Forward = SplitForward(forward_of, x, y, self.fraction)
+        else:
+            forward = forward_of(x, y, bool(active))
+        if first and isinstance(self.differentiation, DoubleBackward):
+            model_checks.warn_of_fused_attention(forward.logits)
+        loss = forward.losses.mean()
+        total = loss_weight * loss
         penalties: dict[str, Tensor] = {}
         for selector, group in self._names_by_score:
             names = [name for name in group if name in active]
@@ -222,50 +253,21 @@ class PenalizedLoss(nn.Module):
             functions = [self.terms[name].penalty for name in names]
             values = self.differentiation.penalties(forward.score(selector, classes), functions)
             for name, value in zip(names, values, strict=True):
-                if value.shape != x.shape[:1]:
+                if value.shape != forward.x.shape[:1]:
                     raise ValueError(
                         f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(value.shape)}; expected "
-                        f"one number per sample, ({len(x)},). Reduce it over all dimensions but the first."
+                        f"one number per sample, ({len(forward.x)},). Reduce it over all dimensions but the first."
                     )
                 penalties[name] = value
-                total = total + weights[name] * value
-        return PenalizedOutput(total.mean(), forward.losses.mean(), forward.logits, penalties)
+                total = total + weights[name] * value.mean()
+        if self._one_pass and active and not transformed:  # what carries a gradient of its own must not be mixed
+            loss, penalties = loss.detach(), {name: value.detach() for name, value in penalties.items()}
+        return PenalizedOutput(total, loss, forward.logits, penalties)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"terms={self.terms}, loss_weight={self.loss_weight}, differentiation={self.differentiation}"
-
-    def _check_setup(self, model: Model) -> bool:
-        """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps.
-
-        Returns:
-            Whether this is the objective's first meeting with the model.
-        """
-        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-            raise RuntimeError(
-                "PenalizedLoss: grad is disabled, and a penalty needs it. Leave torch.no_grad() or "
-                "torch.inference_mode() out, or for a validation loss call the criterion alone."
-            )
-        if not isinstance(model, nn.Module):
-            return False
-        trained = itertools.chain(model.parameters(), self.parameters())
-        if not any(parameter.requires_grad for parameter in trained) and next(model.parameters(), None) is not None:
-            raise RuntimeError(
-                "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
-                "trained."
-            )
-        first = model not in _inspected.setdefault(self, weakref.WeakSet())
-        if first:
-            _inspect(model, self.differentiation)
-            _inspected[self].add(model)
-            _sharded[model] = [name for name, module in model.named_modules() if is_sharded(module)]
-        if stale := [name for name in _sharded[model] if is_stale(model.get_submodule(name))]:
-            raise RuntimeError(
-                f"PenalizedLoss: the optimiser has changed the shards of {stale[0] or 'the model'}, which still holds "
-                "its full parameters of before: the step would train stale weights. Call reshard() on every FSDPModule "
-                "between backward and the optimiser's step."
-            )
-        return first
+        settings = ("terms", "loss_weight", "differentiation", "noise", "fraction")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
@@ -312,62 +314,6 @@ class PenalizedModel(nn.Module):
     ) -> PenalizedOutput:
         """The objective of the model on one batch; see :meth:`PenalizedLoss.forward`."""
         return self.objective(self.model, x, y, t, classes=classes)
-
-
-# The models that an objective has found fit to be penalised, and has warned of.
-_inspected: "weakref.WeakKeyDictionary[PenalizedLoss, weakref.WeakSet[nn.Module]]" = weakref.WeakKeyDictionary()
-_sharded: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()  # the names of their units
-
-
-def _inspect(model: nn.Module, differentiation: Differentiation) -> None:
-    """Raise or warn where modules of the model make the penalty wrong, or do less than it says."""
-    exact = isinstance(differentiation, DoubleBackward)
-    if any(is_static(module) for module in model.modules()):
-        raise RuntimeError(
-            "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
-            "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
-            "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
-        )
-    if exact and any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
-        raise RuntimeError(
-            "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
-            "again. Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every "
-            "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
-            "differentiation=FiniteDifference()."
-        )
-    coupled = batch_norms(model)
-    if coupled:
-        checks.warn(
-            f"PenalizedLoss: {len(coupled)} normalisation layers use the statistics of the batch "
-            f"({type(coupled[0]).__name__}), so that part of a sample's input gradient is the other samples'. Set them "
-            "to evaluation mode, as the thesis does, or use GroupNorm; or leave it so, knowing it."
-        )
-    if not exact:
-        return
-    if any(is_compiled(module) for module in model.modules()):
-        checks.warn(
-            "PenalizedLoss: the model is compiled, and torch.compile has no double backward outside of the compiled "
-            "region. Compile the whole step instead, use differentiation=FiniteDifference(), or see "
-            "gradreg.preflight(model, x, y)."
-        )
-    flat = [site for site in find_nonsmooth(model) if site.flat]
-    if flat:
-        checks.warn(
-            f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
-            f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
-            "collapse; train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches."
-        )
-
-
-def _warn_of_fused_attention(logits: Tensor) -> None:
-    """Warn if the graph of the logits has an attention kernel: total.backward() will raise there, without a mend."""
-    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
-        checks.warn(
-            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
-            "will raise. Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), set "
-            "module.fused_attn = False in a timm model, or use differentiation=FiniteDifference(); "
-            "gradreg.preflight(model, x, y) names the modules."
-        )
 
 
 def _grouped(terms: Mapping[str, Term]) -> list[tuple[ClassSelector | None, list[str]]]:

@@ -93,6 +93,38 @@ class cosine_ramp(Ramp):  # noqa: N801
 
 @final
 @dataclass(frozen=True)
+class every:  # noqa: N801
+    """A value at every k-th step, k times as large, and 0 at the steps between: the same on average.
+
+    The weight of a penalty that is too expensive for every step: ``every(2, 1.2)`` halves what it costs beside the
+    loss. Over k steps the gradient is that of the value at every step, as far as the weights stand still meanwhile;
+    ``value`` itself is taken at the steps that count.
+
+    Attributes:
+        steps: k, at least 1. Step 0 counts, then step k.
+        value: A number, or a schedule of the same clock.
+
+    Example:
+        >>> weight = every(2, linear_ramp(1.0, duration=100))
+        >>> weight(50), weight(51), weight(100)
+        (1.0, 0.0, 2.0)
+    """
+
+    steps: int
+    value: float | Schedule
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.steps != int(self.steps):
+            raise ValueError(f"every: steps is a whole number of optimiser steps, at least 1; got {self.steps}.")
+
+    def __call__(self, t: float) -> float:
+        if t % self.steps != 0:
+            return 0.0
+        return self.steps * (self.value(t) if callable(self.value) else self.value)
+
+
+@final
+@dataclass(frozen=True)
 class join:  # noqa: N801
     """One schedule after the other, each with its own clock that starts at 0.
 

@@ -3,7 +3,7 @@
 There are two ways to take an input gradient. :class:`EagerForward` asks autograd, through a leaf tensor that requires
 grad; it is the cheaper one, and sees hooks and wrappers of the model. :class:`TransformedForward` asks
 ``torch.func.vjp``, which also works inside transforms and compiled regions, where no leaf may be made. Both run the
-model once.
+model once. :class:`SplitForward` is one of them on a part of the batch, and a plain forward pass on the rest.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradreg import checks, modes
 from gradreg.criteria import Criterion
-from gradreg.gradients import Score, check_scores, input_gradient, outside_inference_mode, with_pull_back
+from gradreg.gradients import Score, check_scores, in_one_pass, input_gradient, outside_inference_mode, with_pull_back
 from gradreg.selectors import ClassSelector, class_scores
 from gradreg.threat_models import at_least_float32
 
@@ -75,6 +75,8 @@ class EagerForward(Forward):
         inner_scale: Factor on a score while its gradient is taken.
         differentiable: Whether input gradients will be asked for.
         replay: Whether scores will be asked for at other inputs.
+        one_pass: Whether to take the gradients of the losses with respect to input and parameters at once. The logits
+            then have no graph, and no score but the loss has a gradient.
         look: Whether values may be looked at.
     """
 
@@ -88,6 +90,7 @@ class EagerForward(Forward):
         *,
         differentiable: bool,
         replay: bool,
+        one_pass: bool = False,
         look: bool,
     ) -> None:
         if x.grad_fn is not None:
@@ -105,10 +108,16 @@ class EagerForward(Forward):
         self._random_state = modes.random_state(x.device) if replay else None
         # The model gets a copy: its first operation may work in place, which a leaf forbids.
         self._read(model(self._leaf.clone() if differentiable else self._leaf), look=look)
+        self._grad: Tensor | None = None
+        if one_pass and differentiable:
+            self.losses, self._grad = in_one_pass(self.losses, self._leaf, inner_scale)
+            self.logits = self.logits.detach()
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:
-            grad = input_gradient(_scaled(values, self._inner_scale), self._leaf, create_graph=create_graph)
+            grad = self._grad
+            if grad is None:
+                grad = input_gradient(_scaled(values, self._inner_scale), self._leaf, create_graph=create_graph)
             grad = _scaled(at_least_float32(grad), 1 / self._inner_scale)
             if self._look and _all_zero(grad):
                 checks.warn(
@@ -167,6 +176,44 @@ class TransformedForward(Forward):
                 return score_of(self._model(z))
 
         return Score(self.x, values, gradient, at)
+
+
+@final
+class SplitForward(Forward):
+    """A forward pass whose scores are those of some samples, drawn at random; its logits and losses are those of all.
+
+    Args:
+        forward: Makes a forward pass of inputs and labels; the last argument is whether scores will be asked for.
+        x: The inputs.
+        y: The labels.
+        fraction: The share of the samples to draw, above 0; at least one is drawn.
+    """
+
+    def __init__(
+        self, forward: Callable[[Tensor, Tensor, bool], Forward], x: Tensor, y: Tensor, fraction: float
+    ) -> None:
+        order = torch.randperm(len(x), device=x.device)
+        count = drawn(len(x), fraction)
+        self._rows = order[:count]
+        others = order[count:]
+        self._part = forward(x[self._rows], y[self._rows], True)
+        rest = forward(x[others], y[others], False)
+        in_order = order.argsort()
+        self.x = self._part.x
+        self.y = self._part.y
+        self.logits = torch.cat([self._part.logits, rest.logits])[in_order]
+        self.losses = torch.cat([self._part.losses, rest.losses])[in_order]
+
+    def score(self, selector: ClassSelector | None, classes: Tensor | None = None) -> Score:
+        return self._part.score(selector, None if classes is None else classes[self._rows])
+
+    def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
+        return self._part._score(values, score_of)
+
+
+def drawn(count: int, fraction: float) -> int:
+    """How many of so many samples are drawn."""
+    return max(1, round(fraction * count))
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
