@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradreg import Schedule, constant, cosine_ramp, join, linear_ramp
+from gradreg import Schedule, constant, cosine_ramp, every, join, linear_ramp
 
 RAMPS = [linear_ramp, cosine_ramp]
 every_ramp = pytest.mark.parametrize("ramp", RAMPS, ids=lambda ramp: ramp.__name__)
@@ -117,11 +117,33 @@ def test_joins_need_rising_boundaries(count: int, boundaries: list[float], messa
         join([constant(1.0)] * count, boundaries)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_every_kth_step_is_the_value_on_average(k: int) -> None:
+    weight = every(k, 1.2)
+    values = [weight(t) for t in range(3 * k)]
+    assert sum(values) == pytest.approx(1.2 * len(values))
+    assert [value > 0 for value in values] == [t % k == 0 for t in range(3 * k)]
+
+
+def test_every_follows_a_schedule_at_the_steps_that_count() -> None:
+    weight = every(10, linear_ramp(1.0, duration=100))
+    assert [weight(t) for t in (0, 15, 50, 51, 200)] == pytest.approx([0, 0, 5, 0, 10])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("k", [0, -2, 1.5])
+def test_every_needs_a_whole_number_of_steps(k: int) -> None:
+    with pytest.raises(ValueError, match="every: steps is a whole number of optimiser steps"):
+        every(k, 1.0)
+
+
 SCHEDULES: list[Schedule] = [
     constant(1.2),
     linear_ramp(1.2, duration=100, start=0.2),
     cosine_ramp(1.2, duration=100, start=0.2),
     join([linear_ramp(1.2, duration=100), constant(0.5)], boundaries=[200]),
+    every(2, 1.2),
+    every(3, linear_ramp(1.2, duration=100)),
 ]
 
 

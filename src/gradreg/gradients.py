@@ -7,7 +7,6 @@ from typing import Any, cast, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ScoresAt = Callable[[Tensor], Tensor]
 # TorchScript's nodes have the methods of torch.autograd.graph.Node, but are not of that type.
@@ -157,8 +156,12 @@ class _CarriesGradients(torch.autograd.Function):
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # under create_graph=True
+            raise RuntimeError(
+                "FiniteDifference(one_pass=True): the total cannot be differentiated twice, as the graph of its first "
+                "pass is gone. Use one_pass=False."
+            )
         factor = cotangents[0]  # the same for every loss
         return None, None, *(grad * factor.to(grad.dtype) for grad in ctx.grads)
 

@@ -86,6 +86,28 @@ def test_finite_differences(scheme: str) -> None:
     _check(make_model("conv"), make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme)))
 
 
+def test_half_of_the_batch_at_noisy_points_in_one_pass() -> None:
+    """Other numbers are drawn than eagerly, so that what is compared is the gradient where they do not matter."""
+    model, (x, y) = make_model("conv"), make_batch(4)
+    same = x[:1].expand_as(x), y[:1].expand_as(y)
+    options = {"noise": Linf(0.0), "fraction": 0.5, "differentiation": FiniteDifference(0.1, one_pass=True)}
+    objective = make_objective("grad_norm Linf", **options)
+    step = torch.compile(lambda x, y: objective(model, x, y).total, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(step(*same), parameters_of(model))
+    assert relative_error(list(found), objective_gradient(objective, model, *same)) < 1e-12
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks at it
+def test_one_pass_around_a_compiled_model() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    objective = make_objective("grad_norm Linf", differentiation=FiniteDifference(0.1, one_pass=True))
+    compiled = torch.compile(model, backend="aot_eager")
+    found = objective_gradient(objective, compiled, x, y)
+    assert relative_error(found, objective_gradient(objective, model, x, y)) < 1e-12
+
+
 def test_a_ramp_compiles_a_few_times_and_not_at_every_step() -> None:
     model, (x, y) = make_model("conv"), make_batch()
     objective, counter = make_objective("both"), CompileCounter()

@@ -132,6 +132,27 @@ def _finite_difference(**options: object) -> float:
     return _error(wrapped, _reference(objective))
 
 
+def _objective_of_one_pass(fraction: float) -> PenalizedLoss:
+    terms = {"grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=1.2)}
+    return PenalizedLoss(CRITERION, terms, differentiation=FiniteDifference(0.1, one_pass=True), fraction=fraction)
+
+
+def _one_pass(**options: object) -> float:
+    """Model and objective in one module, and the model alone wrapped; one half of each rank's samples is drawn."""
+    objective, (x, y) = _objective_of_one_pass(0.5), _batch()
+    x, y = x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()  # whichever is drawn
+    together = DistributedDataParallel(PenalizedModel(_model(), objective), **options)
+    outside = DistributedDataParallel(_model())
+    for _ in range(3):
+        together.zero_grad()
+        outside.zero_grad()
+        together(_shard(x), _shard(y)).total.backward()
+        objective(outside, _shard(x), _shard(y)).total.backward()
+    model = _model()
+    expected = list(torch.autograd.grad(objective(model, x, y).total, list(model.parameters())))
+    return max(_error(together, expected), _error(outside, expected))
+
+
 def _after_an_attack() -> float:
     """An attack through the wrapper leaves its reducer as it was."""
     objective, (x, y) = _objective(), _batch()
@@ -189,6 +210,9 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp outside, static_graph": lambda: _outside(static_graph=True),
     "ddp finite differences": _finite_difference,
     "ddp finite differences, static_graph": lambda: _finite_difference(static_graph=True),
+    "ddp one pass on half of the batch": _one_pass,
+    "ddp one pass on half of the batch, static_graph": lambda: _one_pass(static_graph=True),
+    "ddp one pass on half of the batch, find_unused_parameters": lambda: _one_pass(find_unused_parameters=True),
     "ddp after an attack": _after_an_attack,
     "ddp kinks found by one rank": _kinks_found_by_one_rank,
     "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),
@@ -201,6 +225,7 @@ CASES: dict[str, Callable[[], float]] = {
     "fsdp2 finite differences": lambda: _sharded(
         _objective(differentiation=FiniteDifference(0.1, Linf(0.1))), lambda model: None, False
     ),
+    "fsdp2 one pass": lambda: _sharded(_objective_of_one_pass(1.0), lambda model: None, False),
 }
 
 

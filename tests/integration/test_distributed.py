@@ -13,6 +13,7 @@ REFUSED = {
     "ddp outside, static_graph": "PenalizedModel",
     "fsdp2 double backward, defaults": "set_reshard_after_backward",
     "fsdp2 double backward, reshard forgotten": "reshard()",
+    "fsdp2 one pass": "one_pass=False",
 }
 
 
