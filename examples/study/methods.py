@@ -1,0 +1,147 @@
+"""The ways to train that are compared. Each is a function of the threat model and of the length of the warm-up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradreg import (
+    FGSM,
+    NFGSM,
+    Attack,
+    Differentiation,
+    EdgeAlignmentPenalty,
+    FiniteDifference,
+    GradNormPenalty,
+    Linf,
+    PenalizedLoss,
+    PGDAttack,
+    Term,
+    every,
+    linear_ramp,
+    sampled_class,
+)
+
+CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
+NATURAL = PenalizedLoss(CROSS_ENTROPY, {})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        objective: Makes the objective from the threat model and the number of steps in which its weight rises to its
+            full size.
+        attack: Makes the attack whose images are trained on, for a threat model that rises likewise.
+        activation: Of the network.
+        family: Methods of a family differ in one number, and lie on one curve.
+    """
+
+    objective: Callable[[Linf, float], PenalizedLoss] = lambda threat, warm_up: NATURAL
+    attack: Callable[[Linf], Attack] | None = None
+    activation: str = "gelu"
+    family: str = ""
+
+
+def grad_norm(
+    weight: float = 1.2,
+    *,
+    loss_weight: float = 0.8,
+    differentiation: Differentiation | None = None,
+    noise: float = 0.0,
+    fraction: float = 1.0,
+    k: int = 1,
+) -> Callable[[Linf, float], PenalizedLoss]:
+    """The thesis's objective, with its weights 0.8 and 1.2, or a cheaper estimate of it.
+
+    Args:
+        weight: Of the penalty.
+        loss_weight: Of the loss.
+        differentiation: How the penalty is differentiated.
+        noise: Radius of the noise, in units of the threat model.
+        fraction: Share of the batch that is penalised.
+        k: The penalty is taken at every k-th step.
+    """
+
+    def objective(threat: Linf, warm_up: float) -> PenalizedLoss:
+        rising = linear_ramp(weight, duration=warm_up)
+        return PenalizedLoss(
+            CROSS_ENTROPY,
+            {"grad_norm": Term(GradNormPenalty(threat), weight=rising if k == 1 else every(k, rising))},
+            loss_weight=loss_weight,
+            differentiation=differentiation,
+            noise=threat.scaled(noise) if noise else None,
+            fraction=fraction,
+        )
+
+    return objective
+
+
+def edges(weight: float) -> Callable[[Linf, float], PenalizedLoss]:
+    """A class gradient that points at the image's edges."""
+
+    def objective(threat: Linf, warm_up: float) -> PenalizedLoss:
+        rising = linear_ramp(weight, duration=warm_up)
+        return PenalizedLoss(CROSS_ENTROPY, {"edges": Term(EdgeAlignmentPenalty(), rising, of=sampled_class(0.5))})
+
+    return objective
+
+
+def noisy(weight: float, fraction: float) -> Method:
+    """Finite differences of a full step from a noisy start: its two points lie where N-FGSM's do."""
+    return Method(
+        grad_norm(weight, differentiation=FiniteDifference(1.0, one_pass=True), noise=1.0, fraction=fraction),
+        family=f"noisy differences, {fraction:g} of the batch",
+    )
+
+
+def pgd_3(factor: float) -> Method:
+    """The thesis's adversarial training, for a radius that many times as large."""
+
+    def attack(threat: Linf) -> Attack:
+        wider = threat.scaled(factor)
+        return PGDAttack(wider, steps=3, step_size=2 / 3 * wider.eps, random_start=False, best=False)
+
+    return Method(attack=attack, family="PGD-3")
+
+
+def n_fgsm(factor: float, noise: float) -> Method:
+    """One step from noise, for a radius that many times as large."""
+    return Method(
+        attack=lambda threat: NFGSM(threat.scaled(factor), noise=noise), family=f"N-FGSM, noise {noise:g} eps"
+    )
+
+
+METHODS: dict[str, Method] = {
+    "natural": Method(),
+    "edges": Method(edges(5.0)),
+    "GradNorm": Method(grad_norm()),
+    "GradNorm, half of the batch": Method(grad_norm(fraction=0.5)),
+    "GradNorm, every 4th step": Method(grad_norm(k=4)),
+    "GradNorm, differences, quarter": Method(
+        grad_norm(differentiation=FiniteDifference(0.25, one_pass=True), fraction=0.25)
+    ),
+    "noisy differences, half, 0.8": noisy(0.8, 0.5),
+    "noisy differences, half, 1.0": noisy(1.0, 0.5),
+    "noisy differences, quarter, 1.0": noisy(1.0, 0.25),
+    "FGSM": Method(attack=lambda threat: FGSM(threat)),
+    "PGD-1": Method(attack=lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False)),
+    "N-FGSM": n_fgsm(1.0, 1.0),
+    "N-FGSM, 1.2 eps": n_fgsm(1.2, 1.0),
+    "PGD-3": pgd_3(1.0),
+    "PGD-3, 1.2 eps": pgd_3(1.2),
+    "PGD-3, 1.4 eps": pgd_3(1.4),
+}
+
+# What takes the cheap estimators apart, to be run for fewer seeds.
+ABLATIONS: dict[str, Method] = {
+    "GradNorm, differences": Method(grad_norm(differentiation=FiniteDifference(0.25, one_pass=True))),
+    "GradNorm at noise": Method(grad_norm(noise=1.0)),
+    "full step without noise": Method(grad_norm(1.0, differentiation=FiniteDifference(1.0, one_pass=True))),
+    "noisy differences, 1.0": noisy(1.0, 1.0),
+    "noisy differences, half, 1.2": noisy(1.2, 0.5),
+    "N-FGSM, noise 2 eps": n_fgsm(1.0, 2.0),
+}
+
+ALL = METHODS | ABLATIONS

@@ -1,0 +1,135 @@
+"""One run of the study: a network trained in one way and attacked, kept in a file of its own."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import gradreg
+from gradreg import APGDAttack, AutoAttack, Linf, TargetedAPGDAttack, evaluate
+from gradreg.state import replacing, write_atomically
+from study.data import Data, batches
+from study.methods import ALL, Method
+from study.models import build
+
+LEARNING_RATE = 2e-3
+IMAGES = 1000  # attacked by APGD-CE and APGD-T
+AUTOATTACK_IMAGES = 200
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """What makes a run what it is."""
+
+    net: str
+    eps: str  # as it is written: "8/255"
+    steps: int
+    method: str
+    seed: int
+    split: str = "test"
+
+    @property
+    def threat(self) -> Linf:
+        """The perturbations to withstand."""
+        return Linf(float(Fraction(self.eps)))
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        parts = (self.net, self.eps.replace("/", "in"), self.steps, self.method, self.seed, self.split)
+        return "_".join(str(part) for part in parts).replace(", ", "-").replace(" ", "-")
+
+
+def train(run: Run, data: Data, progress: tqdm | None = None) -> nn.Module:
+    """Train a fresh network; all methods start from the same weights and see the same batches."""
+    method = ALL[run.method]
+    model = build(run.net, method.activation, run.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step / run.steps))
+    step_of = stepper(method, run.threat, warm_up=0.2 * run.steps)
+    torch.manual_seed(run.seed)  # of noise and of the samples drawn
+    for t, (x, y) in enumerate(batches(data, run.steps, run.seed)):
+        step_of(model, optimizer, x, y, t)
+        schedule.step()
+        if progress is not None:
+            progress.update()
+    return model.eval()
+
+
+def stepper(method: Method, threat: Linf, warm_up: float) -> Any:
+    """One training step, ``step(model, optimizer, x, y, t)``: an attack, if the method has one, and its objective."""
+    objective = method.objective(threat, warm_up)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, t: int) -> None:
+        if method.attack is not None and t > 0:  # whose radius rises as the weight of a penalty does
+            x = method.attack(threat.scaled(min(1.0, t / warm_up)))(model, x, y)
+        optimizer.zero_grad()
+        objective(model, x, y, t=t).total.backward()
+        optimizer.step()
+
+    return step
+
+
+def _learning_rate(progress: float) -> float:
+    """Up in the first tenth of the training, then down along half a cosine wave; of the largest rate."""
+    return progress / 0.1 if progress < 0.1 else 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+
+
+def perform(run: Run, data: Data, folder: Path, *, autoattack: bool, bar: tqdm | None = None) -> dict[str, Any]:
+    """Train, attack, and write what came out; weights and result are in the folder afterwards."""
+    start = time.process_time()
+    model = train(run, data, bar)
+    trained = time.process_time()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        clean = int(sum((model(x).argmax(1) == y).sum() for x, y in _chunks(data, len(data.x))))
+    attacks = {
+        "APGD-CE": APGDAttack(run.threat, seed=0),
+        "APGD-T": TargetedAPGDAttack(run.threat, halving=True, seed=0),
+    }
+    report = evaluate(model, _chunks(data, IMAGES), attacks, masking=0, progress=False)
+    attacked = time.process_time()
+    result: dict[str, Any] = {
+        **asdict(run),
+        "clean": clean,
+        "clean_of": len(data.x),
+        "robust": sum(report.robust),
+        "robust_of": report.n,
+        "verdicts": pack(report.robust),
+        "cpu_seconds": {"training": round(trained - start, 1), "attacks": round(attacked - trained, 1)},
+        "versions": {"gradreg": gradreg.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    if autoattack:
+        standard = evaluate(
+            model, _chunks(data, AUTOATTACK_IMAGES), [AutoAttack(run.threat, seed=0)], masking=0, progress=False
+        )
+        result |= {"autoattack": sum(standard.robust), "autoattack_of": standard.n}
+        result["cpu_seconds"]["AutoAttack"] = round(time.process_time() - attacked, 1)
+    with replacing(folder / "weights" / f"{run.name}.pt") as path:
+        torch.save(model.state_dict(), path)
+    write_atomically(folder / "runs" / f"{run.name}.json", json.dumps(result) + "\n")
+    return result
+
+
+def _chunks(data: Data, images: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(data.x[:images].split(500), data.y[:images].split(500), strict=True)
+
+
+def pack(verdicts: list[bool]) -> str:
+    """Booleans as hexadecimal digits, the first one the highest bit."""
+    return f"{int(''.join('1' if verdict else '0' for verdict in verdicts), 2):0{len(verdicts) // 4}x}"
+
+
+def unpack(digits: str) -> list[bool]:
+    """What :func:`pack` packed."""
+    return [bit == "1" for bit in f"{int(digits, 16):0{4 * len(digits)}b}"]
