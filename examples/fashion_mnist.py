@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(args.threads)
     index, count = map(int, args.shard.split("/"))
-    done = {report.key(result) for result in report.gathered(args.output)}
+    done = report.gathered(args.output)
     missing = [run for run in wanted(args)[index::count] if run not in done]
     data = load(args.split, args.data)
     with tqdm(total=sum(run.steps for run in missing), unit="step", smoothing=0.02) as bar:

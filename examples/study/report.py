@@ -1,12 +1,26 @@
-"""Tables and figure of the study, from the files of its runs."""
+"""Tables and figures of the study, from the files of its runs."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from study.runs import Run
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-RECORD = Path("docs/fashion-mnist/runs.json")
+from study.methods import ALL
+from study.runs import Run, unpack
+
+RECORD = Path("docs/fashion-mnist")
+SPLIT = "test"
+CURVE = "PGD-3"  # the family whose trade-off of clean against robust accuracy the others are measured by
+DRAWS = 2000
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
+MARKERS = "osv^DP*X"
+
+Setting = tuple[str, str, int]  # net, eps, steps
+Results = dict[Run, dict[str, Any]]
 
 
 def key(result: dict[str, Any]) -> Run:
@@ -14,16 +28,141 @@ def key(result: dict[str, Any]) -> Run:
     return Run(**{name: result[name] for name in ("net", "eps", "steps", "method", "seed", "split")})
 
 
-def gathered(folder: Path) -> list[dict[str, Any]]:
+def gathered(folder: Path) -> Results:
     """All results: those on record, and those in the folder."""
-    on_record = json.loads(RECORD.read_text())["runs"] if RECORD.exists() else []
-    results = {key(result): result for result in on_record}
-    for path in sorted((folder / "runs").glob("*.json")):
-        result = json.loads(path.read_text())
-        results[key(result)] = result
-    return [results[run] for run in sorted(results)]
+    record = RECORD / "runs.json"
+    found = json.loads(record.read_text())["runs"] if record.exists() else []
+    found += [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    results = {key(result): result for result in found}
+    return {run: results[run] for run in sorted(results)}
 
 
 def write(folder: Path) -> None:
-    """Put all results on record."""
-    raise NotImplementedError
+    """Put all results on record, and tables and figures beside them."""
+    results = gathered(folder)
+    RECORD.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(result) for result in results.values())
+    (RECORD / "runs.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
+    costs = json.loads((RECORD / "costs.json").read_text()) if (RECORD / "costs.json").exists() else {}
+    settings = sorted({(run.net, run.eps, run.steps) for run in results if run.split == SPLIT})
+    tables = [table(setting, Points(results, setting), costs.get(setting[0], {})) for setting in settings]
+    (RECORD / "tables.md").write_text("\n".join(tables))
+    figure(settings, results, costs).savefig(RECORD / "front.png")
+
+
+class Points:
+    """What the methods reached in one setting: an array over seeds for each, and draws for intervals.
+
+    The intervals are those of a bootstrap that draws anew, together, the seeds and the images, the same ones for every
+    method: they hold what another five trainings and another thousand images would change.
+    """
+
+    def __init__(self, results: Results, setting: Setting) -> None:
+        of_setting = {run: r for run, r in results.items() if (run.net, run.eps, run.steps) == setting}
+        self.clean: dict[str, np.ndarray] = {}
+        self.verdicts: dict[str, np.ndarray] = {}
+        self.autoattack: dict[str, list[dict[str, Any]]] = {}
+        for method in ALL:
+            rows = [r for run, r in of_setting.items() if run.method == method and run.split == SPLIT]
+            if rows:
+                self.clean[method] = np.array([100 * row["clean"] / row["clean_of"] for row in rows])
+                self.verdicts[method] = np.array([unpack(row["verdicts"]) for row in rows], dtype=float) * 100
+                self.autoattack[method] = [row for row in rows if "autoattack" in row]
+
+    def seeds(self, method: str) -> int:
+        """How many there are of a method."""
+        return len(self.clean[method])
+
+    def mean(self, method: str) -> tuple[float, float]:
+        """Clean and robust accuracy, in percent."""
+        return float(self.clean[method].mean()), float(self.verdicts[method].mean())
+
+    def curve(self) -> list[str]:
+        """The methods of the family that the others are measured by, as far as there are runs."""
+        return [method for method in self.clean if ALL[method].family == CURVE]
+
+    def interval(self, method: str) -> tuple[float, float]:
+        """Of the robust accuracy, 95 %."""
+        return _central(self.verdicts[method][np.ix_(*draw)].mean() for draw in self._draws(method))
+
+    def above_curve(self, method: str) -> tuple[float, tuple[float, float]] | None:
+        """Robust accuracy above that of the curve at the same clean accuracy, and its 95 % interval.
+
+        The curve is a straight line between its points, and goes on level beyond its ends.
+        """
+        family = self.curve()
+        if len(family) < 2 or min(self.seeds(other) for other in family) < self.seeds(method):
+            return None
+
+        def above(seeds: np.ndarray, images: np.ndarray) -> float:
+            points = sorted(
+                (self.clean[other][seeds].mean(), self.verdicts[other][np.ix_(seeds, images)].mean())
+                for other in family
+            )
+            height = np.interp(self.clean[method][seeds].mean(), *map(np.array, zip(*points, strict=True)))
+            return float(self.verdicts[method][np.ix_(seeds, images)].mean() - height)
+
+        everything = np.arange(self.seeds(method)), np.arange(self.verdicts[method].shape[1])
+        return above(*everything), _central(above(*draw) for draw in self._draws(method))
+
+    def _draws(self, method: str) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        generator = np.random.default_rng(0)
+        seeds, images = self.verdicts[method].shape
+        for _ in range(DRAWS):
+            yield generator.integers(seeds, size=seeds), generator.integers(images, size=images)
+
+
+def _central(values: Iterable[float]) -> tuple[float, float]:
+    low, high = np.quantile(np.fromiter(values, dtype=float), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(setting: Setting, points: Points, costs: dict[str, float]) -> str:
+    """One setting as a Markdown table."""
+    net, eps, steps = setting
+    lines = [
+        f"\n### {net}, eps {eps}, {steps} steps\n",
+        "| trained with | seeds | clean % | robust % (95 %) | above PGD-3's curve (95 %) | AutoAttack, 200 | cost |",
+        "|---|--:|--:|:-:|:-:|:-:|--:|",
+    ]
+    for method in points.clean:
+        clean, robust = points.mean(method)
+        low, high = points.interval(method)
+        above, attacked = points.above_curve(method), points.autoattack[method]
+        of_curve = "" if above is None else f"{above[0]:+.1f} ({above[1][0]:+.1f} to {above[1][1]:+.1f})"
+        counts = ", ".join(str(row["autoattack"]) for row in attacked)
+        cost = f"{costs[method]:.2f}" if method in costs else ""
+        lines.append(
+            f"| {method} | {points.seeds(method)} | {clean:.1f} | {robust:.1f} ({low:.1f}-{high:.1f}) | {of_curve} "
+            f"| {counts} | {cost} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figure(settings: list[Setting], results: Results, costs: dict[str, dict[str, float]]) -> Figure:
+    """For each setting, robust accuracy against clean accuracy, and against cost."""
+    picture = Figure(figsize=(7.5, 2.7 * len(settings) + 0.8), layout="constrained", dpi=150)
+    axes = picture.subplots(len(settings), 2, squeeze=False, sharey="row")
+    families = list(dict.fromkeys(method.family or name for name, method in ALL.items()))
+    for (left, right), setting in zip(axes, settings, strict=True):
+        points = Points(results, setting)
+        of_net = costs.get(setting[0], {})
+        for index, family in enumerate(families):
+            members = [name for name in points.clean if (ALL[name].family or name) == family]
+            looks = {"color": COLORS[index % 8], "marker": MARKERS[index * 3 % 8], "label": family, "markersize": 5}
+            _line(left, [points.mean(name) for name in members], **looks)
+            _line(right, [(of_net[name], points.mean(name)[1]) for name in members if name in of_net], **looks)
+        net, eps, steps = setting
+        left.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=f"{net}, eps {eps}, {steps} steps")
+        right.set(xlabel="cost of a step, natural = 1")
+        for panel in (left, right):
+            panel.grid(color="0.92")
+            panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return picture
+
+
+def _line(panel: Axes, places: list[tuple[float, float]], **looks: Any) -> None:
+    if places:
+        panel.plot(*zip(*places, strict=True), linewidth=1, **looks)
