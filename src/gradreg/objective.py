@@ -4,6 +4,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -19,6 +20,7 @@ from gradreg.modes import batch_norms
 from gradreg.normalization import Normalize
 from gradreg.schedules import Schedule
 from gradreg.scoring import EagerForward, Forward, Model, TransformedForward
+from gradreg.second_derivatives import SecondDerivatives
 from gradreg.selectors import ClassSelector
 from gradreg.smooth import find_nonsmooth
 from gradreg.threat_models import Linf
@@ -210,6 +212,7 @@ class PenalizedLoss(nn.Module):
                 differentiable=bool(active),
                 replay=bool(active) and self.differentiation.looks_elsewhere,
                 look=look,
+                around=SecondDerivatives if active and isinstance(self.differentiation, DoubleBackward) else nullcontext,
             )
             if first and isinstance(self.differentiation, DoubleBackward):
                 _warn_of_fused_attention(forward.logits)

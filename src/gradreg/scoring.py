@@ -8,6 +8,7 @@ model once.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast, final
 
 import torch
@@ -76,6 +77,7 @@ class EagerForward(Forward):
         differentiable: Whether input gradients will be asked for.
         replay: Whether scores will be asked for at other inputs.
         look: Whether values may be looked at.
+        around: Makes, from the tensor whose gradient will be taken, what the model runs within.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class EagerForward(Forward):
         differentiable: bool,
         replay: bool,
         look: bool,
+        around: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         if x.grad_fn is not None:
             raise RuntimeError(
@@ -104,7 +107,10 @@ class EagerForward(Forward):
         self._leaf = self.x.detach().requires_grad_(differentiable)
         self._random_state = modes.random_state(x.device) if replay else None
         # The model gets a copy: its first operation may work in place, which a leaf forbids.
-        self._read(model(self._leaf.clone() if differentiable else self._leaf), look=look)
+        start = self._leaf.clone() if differentiable else self._leaf
+        with around(self._leaf):
+            logits = model(start)
+        self._read(logits, look=look)
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:
