@@ -79,9 +79,38 @@ class Convolution(AffineLayer):
     def gradients(
         self, output_gradient: Tensor, x: Tensor, weight: Tensor | None, mask: Mask, *statistics: Tensor
     ) -> Gradients:
+        if mask == (True, False, False) and x.device.type == "cpu" and self._has_phases(cast("Tensor", weight)):
+            return self._input_gradient_by_phases(output_gradient, x, cast("Tensor", weight)), None, None
         sizes = [output_gradient.shape[1]]
         geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
         return _aten.convolution_backward(output_gradient, x, weight, sizes, *geometry, mask)
+
+    def _has_phases(self, weight: Tensor) -> bool:
+        """Whether :meth:`_input_gradient_by_phases` pays: for a stem, of one or three channels, that has a stride."""
+        strided = self.stride[0] > 1 and self.stride[1] > 1
+        return strided and self.groups == 1 and self.dilation == (1, 1) and weight.shape[1] <= 4
+
+    def _input_gradient_by_phases(self, output_gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The input gradient by a convolution without stride, for which oneDNN's own needs two to four times as long.
+
+        The pixels of x whose positions leave the same remainder by the stride (a phase) are reached by the same
+        entries of the kernel. So each phase is a convolution of the output gradient with these entries, flipped; the
+        phases are then interleaved, as by ``F.pixel_shuffle``.
+        """
+        (rows, columns), (down, right) = self.stride, self.padding
+        outputs, channels, height, width = weight.shape
+        high, wide = -(-height // rows), -(-width // columns)  # the sizes of the kernel of a phase
+        kernel = F.pad(weight, (0, wide * columns - width, 0, high * rows - height))
+        kernel = kernel.view(outputs, channels, high, rows, wide, columns).flip(2, 4).permute(1, 3, 5, 0, 2, 4)
+        kernel = kernel.reshape(-1, outputs, high, wide)
+        phases = torch.conv2d(output_gradient, kernel, padding=(high - 1, wide - 1))
+        batch, _, above, across = phases.shape
+        phases = phases.view(batch, channels, rows, columns, above, across).permute(0, 1, 4, 2, 5, 3)
+        spread = phases.reshape(batch, channels, above * rows, across * columns)
+        # Pixels that no kernel reaches, at the lower and right edges, have no gradient.
+        missing = [max(0, right + x.shape[3] - spread.shape[3]), max(0, down + x.shape[2] - spread.shape[2])]
+        spread = F.pad(spread, (0, missing[0], 0, missing[1]))
+        return spread[:, :, down : down + x.shape[2], right : right + x.shape[3]].contiguous()
 
 
 @final
