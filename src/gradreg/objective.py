@@ -212,7 +212,7 @@ class PenalizedLoss(nn.Module):
                 differentiable=bool(active),
                 replay=bool(active) and self.differentiation.looks_elsewhere,
                 look=look,
-                around=SecondDerivatives if active and isinstance(self.differentiation, DoubleBackward) else nullcontext,
+                around=SecondDerivatives if active and self._is_fused() else nullcontext,
             )
             if first and isinstance(self.differentiation, DoubleBackward):
                 _warn_of_fused_attention(forward.logits)
@@ -237,6 +237,9 @@ class PenalizedLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         return f"terms={self.terms}, loss_weight={self.loss_weight}, differentiation={self.differentiation}"
+
+    def _is_fused(self) -> bool:
+        return isinstance(self.differentiation, DoubleBackward) and self.differentiation.fused
 
     def _check_setup(self, model: Model) -> bool:
         """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps.
