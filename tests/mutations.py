@@ -122,7 +122,7 @@ MUTATIONS = [
     Mutation("schedules.py", "min(max(t / self.duration, 0.0), 1.0)", "min(t / self.duration, 1.0)"),
     Mutation("normalization.py", "return (x - self.mean) / self.std", "return (x - self.mean) * self.std"),
     # scoring and objective
-    Mutation("scoring.py", "model(self._leaf.clone() if differentiable else self._leaf)", "model(self._leaf)"),
+    Mutation("scoring.py", "start = self._leaf.clone() if differentiable else self._leaf", "start = self._leaf"),
     Mutation("scoring.py", "grad = _scaled(at_least_float32(grad), 1 / self._inner_scale)", "pass"),
     Mutation(
         "scoring.py",

@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
         "threat_models",
         "wrappers",
     },
-    {"attacks", "differentiation", "penalties", "scoring", "smooth"},
+    {"attacks", "differentiation", "penalties", "scoring", "second_derivatives", "smooth"},
     {"evaluation", "model_checks", "preflight"},
     {"objective"},
 ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -17,6 +18,7 @@ from gradreg.normalization import Normalize
 from gradreg.penalties import GradNormPenalty
 from gradreg.schedules import Schedule
 from gradreg.scoring import EagerForward, Forward, Model, SplitForward, TransformedForward, drawn
+from gradreg.second_derivatives import SecondDerivatives
 from gradreg.selectors import ClassSelector
 from gradreg.threat_models import Linf, ThreatModel
 
@@ -234,6 +236,7 @@ class PenalizedLoss(nn.Module):
                 replay=penalised and self.differentiation.looks_elsewhere,
                 one_pass=penalised and self._one_pass,
                 look=look,
+                around=SecondDerivatives if penalised and self._is_fused() else nullcontext,
             )
 
         if active and drawn(len(x), self.fraction) < len(x):
@@ -268,6 +271,9 @@ class PenalizedLoss(nn.Module):
         """The settings, for ``repr``."""
         settings = ("terms", "loss_weight", "differentiation", "noise", "fraction")
         return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
+
+    def _is_fused(self) -> bool:
+        return isinstance(self.differentiation, DoubleBackward) and self.differentiation.fused
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)

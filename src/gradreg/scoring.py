@@ -8,6 +8,7 @@ model once. :class:`SplitForward` is one of them on a part of the batch, and a p
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast, final
 
 import torch
@@ -78,6 +79,7 @@ class EagerForward(Forward):
         one_pass: Whether to take the gradients of the losses with respect to input and parameters at once. The logits
             then have no graph, and no score but the loss has a gradient.
         look: Whether values may be looked at.
+        around: Makes, from the tensor whose gradient will be taken, what the model runs within.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class EagerForward(Forward):
         replay: bool,
         one_pass: bool = False,
         look: bool,
+        around: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         if x.grad_fn is not None:
             raise RuntimeError(
@@ -107,7 +110,10 @@ class EagerForward(Forward):
         self._leaf = self.x.detach().requires_grad_(differentiable)
         self._random_state = modes.random_state(x.device) if replay else None
         # The model gets a copy: its first operation may work in place, which a leaf forbids.
-        self._read(model(self._leaf.clone() if differentiable else self._leaf), look=look)
+        start = self._leaf.clone() if differentiable else self._leaf
+        with around(self._leaf):
+            logits = model(start)
+        self._read(logits, look=look)
         self._grad: Tensor | None = None
         if one_pass and differentiable:
             self.losses, self._grad = in_one_pass(self.losses, self._leaf, inner_scale)

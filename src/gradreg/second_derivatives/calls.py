@@ -1,0 +1,179 @@
+"""The function mode that exchanges calls of layers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from gradreg.gradients import Node, in_transform
+from gradreg.second_derivatives.activations import GELU, Activated, SiLU, TanhGELU
+from gradreg.second_derivatives.affine import Affine, Convolution, FixedNormalization, Linear
+from gradreg.second_derivatives.layer_norm import LayerNorm
+
+_FEW = 16  # operations between the input and a first layer
+
+
+@final
+class SecondDerivatives(TorchFunctionMode):
+    """While it is entered, calls of the layers named below are differentiated twice by the functions of this package.
+
+    Calls that it does not know, and tensors that are more than tensors (sharded ones, say), are left to PyTorch; so is
+    what runs inside transforms, compiled regions, or under hooks on saved tensors: checkpointing runs a function again
+    outside of this mode, and must find that it saved the same.
+
+    Args:
+        leaf: The tensor whose gradient is taken, which nobody else has.
+    """
+
+    def __init__(self, leaf: Tensor) -> None:
+        super().__init__()
+        self._leaf = leaf
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = _CALLS.get(func)
+        if call is not None and _may_replace():
+            result = call(self._leaf, *args, **kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
+
+
+def _may_replace() -> bool:
+    """Whether functions written in Python do here what PyTorch's do."""
+    return not (
+        in_transform()
+        or not torch.is_grad_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _suits(x: object, *others: object) -> bool:
+    """Whether x is a plain tensor of real numbers with a gradient, and the others are plain or None."""
+    return _is_plain(x) and x.requires_grad and all(other is None or _is_plain(other) for other in others)
+
+
+def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+    """Whether this is a tensor of real numbers and nothing more: no shard, no quantised or sparse one."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    tensor = cast("Tensor", tensor)
+    return tensor.layout == torch.strided and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _accumulator(x: Tensor, leaf: Tensor) -> Node | None:
+    """The node of the leaf's gradient, if nothing else is behind x than a few operations such as a normalisation."""
+    nodes, accumulators = [x.grad_fn], []
+    for node in nodes:  # which grows meanwhile
+        if node is None or len(nodes) > _FEW:
+            return None
+        before = [used for used, _ in node.next_functions if used is not None]
+        nodes += [used for used in before if used not in nodes]
+        accumulators += [] if before else [node]
+    return accumulators[0] if len(accumulators) == 1 and getattr(accumulators[0], "variable", None) is leaf else None
+
+
+def _under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast hands them to convolutions and linear layers."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+
+
+def _conv2d(
+    leaf: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    if not _suits(input, weight, bias) or input.ndim != 4 or padding == "same":
+        return None
+    layer = Convolution(_pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation), groups)
+    return Affine.apply(layer, _accumulator(input, leaf), *_under_autocast(input, weight, bias))
+
+
+def _linear(leaf: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    # PyTorch's second derivative is as good. Only the input gradient of a first layer is one too many.
+    accumulator = _accumulator(input, leaf) if _suits(input, weight, bias) else None
+    if accumulator is None:
+        return None
+    return Affine.apply(Linear(), accumulator, *_under_autocast(input, weight, bias))
+
+
+def _batch_norm(
+    leaf: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if training or running_mean is None or not _suits(input, running_mean, running_var, weight, bias):
+        return None
+    return Affine.apply(
+        FixedNormalization(eps), _accumulator(input, leaf), input, weight, bias, running_mean, running_var
+    )
+
+
+def _layer_norm(
+    leaf: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not _suits(input, weight, bias):
+        return None
+    mixed = any(tensor is not None and tensor.dtype != input.dtype for tensor in (weight, bias))
+    if mixed or (torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float32):
+        return None  # whose types are those of autocast, which are not the same on every device
+    return LayerNorm.apply(tuple(normalized_shape), eps, input, weight, bias)
+
+
+def _gelu(leaf: Tensor, input: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor | None:
+    activation = TanhGELU() if approximate == "tanh" else GELU()
+    return Activated.apply(activation, input) if _suits(input) else None
+
+
+def _silu(leaf: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
+    return Activated.apply(SiLU(), input) if _suits(input) and not inplace else None
+
+
+_CALLS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.conv2d: _conv2d,
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.gelu: _gelu,
+    F.silu: _silu,
+}

@@ -1,0 +1,562 @@
+"""Second derivatives that are written out: equal to PyTorch's own for every layer, option, type and wrapper."""
+
+import gc
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from gradreg import (
+    L2,
+    DoubleBackward,
+    FiniteDifference,
+    GradNormPenalty,
+    Linf,
+    PenalizedLoss,
+    PenalizedModel,
+    Term,
+    predicted_class,
+    smoothify,
+    with_normalization,
+)
+from gradreg.second_derivatives import SecondDerivatives
+
+from cases import MODELS, make_batch, make_model, parameters_of, per_sample_cross_entropy, relative_error
+
+Layer = Callable[..., Tensor]
+TERMS = {
+    "loss": Term(GradNormPenalty(Linf(0.1)), 1.2),
+    "logit": Term(GradNormPenalty(L2(0.4)), 0.5, of=predicted_class()),
+}
+
+
+def _objective(*, fused: bool) -> PenalizedLoss:
+    return PenalizedLoss(per_sample_cross_entropy, TERMS, loss_weight=0.8, differentiation=DoubleBackward(fused=fused))
+
+
+def _gradients(model: nn.Module, x: Tensor, y: Tensor, *, fused: bool) -> list[Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    _objective(fused=fused)(model, x, y).total.backward()
+    return [parameter.grad.clone() for parameter in parameters_of(model)]
+
+
+def _error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    found, expected = (_gradients(model, x, y, fused=fused) for fused in (True, False))
+    assert [a.dtype for a in found] == [b.dtype for b in expected]
+    return relative_error(found, expected)
+
+
+def _node_names(tensor: Tensor) -> list[str]:
+    """The names of all nodes behind a tensor."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [used for used, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+def _is_ours(tensor: Tensor) -> bool:
+    return any(name in ("AffineBackward", "ActivatedBackward", "LayerNormBackward") for name in _node_names(tensor))
+
+
+def _replaced(layer: Layer, *inputs: Tensor) -> Tensor:
+    """A call under the mode, far from the leaf."""
+    with SecondDerivatives(torch.zeros((), requires_grad=True)):
+        return layer(*inputs)
+
+
+def _derivatives(layer: Layer, inputs: list[Tensor], order: int) -> list[Tensor]:
+    """Gradients of the sum of squared gradients of ... of a random projection of the output."""
+    generator = torch.Generator().manual_seed(0)
+    value = layer(*inputs)
+    value = (value * torch.randn(value.shape, generator=generator, dtype=value.dtype)).sum() + (value**2).sum()
+    for _ in range(order - 1):
+        gradients = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+        value = sum(((gradient + 0.3) ** 2).sum() for gradient in gradients)
+    return list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+
+
+def _check(layer: Layer, *inputs: Tensor) -> None:
+    """First, second and third derivatives are PyTorch's, and the first two those of finite differences."""
+    inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+    assert _is_ours(_replaced(layer, *inputs))
+    assert torch.equal(_replaced(layer, *inputs), layer(*inputs))
+    for order in (1, 2, 3):
+        found = _derivatives(lambda *given: _replaced(layer, *given), list(inputs), order)
+        expected = _derivatives(layer, list(inputs), order)
+        scale = max(1.0, *(tensor.abs().max().item() for tensor in expected))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-11 * scale), order
+
+
+def _check_numerically(layer: Layer, *inputs: Tensor) -> None:
+    inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+    assert torch.autograd.gradcheck(lambda *given: _replaced(layer, *given), inputs)
+    assert torch.autograd.gradgradcheck(lambda *given: _replaced(layer, *given), inputs)
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Every layer
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Layer, list[Tensor]]:
+    """A convolution of some geometry that has an output, and its inputs."""
+    pairs = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
+    kernel, stride, dilation = draw(pairs(1, 4)), draw(pairs(1, 3)), draw(pairs(1, 2))
+    padding = draw(st.one_of(pairs(0, 2), st.integers(0, 2), st.just("valid")))
+    groups, channels, outputs = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    least = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    size = [low + draw(st.integers(0, 4)) for low in least]
+    x = _normal(draw(st.integers(1, 2)), channels * groups, *size)
+    inputs = [x, _normal(outputs * groups, channels, *kernel, seed=1)]
+    if draw(st.booleans()):
+        inputs.append(_normal(outputs * groups, seed=2))
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    return layer, inputs
+
+
+@given(case=convolutions())
+@settings(max_examples=150, deadline=None)
+def test_convolutions_of_every_geometry(case: tuple[Layer, list[Tensor]]) -> None:
+    layer, inputs = case
+    _check(layer, *inputs)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), ((2, 3), (0, 2))])
+def test_convolutions_by_finite_differences(stride: int | tuple[int, int], padding: int | tuple[int, int]) -> None:
+    layer: Layer = lambda *given: F.conv2d(*given, stride=stride, padding=padding)  # noqa: E731
+    _check_numerically(layer, _normal(2, 2, 5, 6), _normal(3, 2, 3, 2, seed=1), _normal(3, seed=2))
+
+
+ACTIVATIONS: dict[str, Layer] = {
+    "gelu": F.gelu,
+    "gelu, named": lambda x: F.gelu(input=x, approximate="none"),
+    "tanh gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "module": nn.GELU(approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    _check(ACTIVATIONS[name], torch.linspace(-12, 12, 301, dtype=torch.float64))
+    _check_numerically(ACTIVATIONS[name], _normal(3, 4))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_activations_are_finite_however_large_the_input(name: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([-6e4, -300.0, -20.0, 0.0, 20.0, 300.0, 6e4], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(_replaced(ACTIVATIONS[name], x).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    assert curvature.dtype == dtype
+    assert torch.equal(curvature[[0, 1, 5, 6]], torch.zeros(4, dtype=dtype))
+    assert curvature[3] > 0
+
+
+@pytest.mark.parametrize("given", ["x", "x w", "x w b"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+def test_layer_norm(given: str, shape: tuple[int, ...]) -> None:
+    inputs = [_normal(2, 4, 3, 5), *[_normal(*shape, seed=seed) for seed in range(given.count(" "))]]
+    layer: Layer = lambda x, *affine: F.layer_norm(x + 2, shape, *affine, eps=1e-3)  # noqa: E731
+    _check(layer, *inputs)
+    _check_numerically(layer, *(tensor[:1] if tensor.ndim == 4 else tensor for tensor in inputs))
+
+
+@pytest.mark.parametrize("given", ["x", "x w", "x w b"])
+@pytest.mark.parametrize("size", [(), (3,), (2, 3)])
+def test_batch_norm_in_evaluation_mode(given: str, size: tuple[int, ...]) -> None:
+    inputs = [_normal(4, 3, *size), *[_normal(3, seed=seed) for seed in range(given.count(" "))]]
+    mean, variance = _normal(3, seed=7), _normal(3, seed=8).square()
+    layer: Layer = lambda x, *affine: F.batch_norm(x, mean, variance, *affine, eps=1e-3)  # noqa: E731
+    _check(layer, *inputs)
+    _check_numerically(layer, *inputs)
+
+
+@pytest.mark.parametrize("given", ["x w", "x w b"])
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
+def test_linear_layers_after_the_input(given: str, leading: tuple[int, ...]) -> None:
+    """Of x and w, which alone may be behind it, so that the mode takes it for a first layer."""
+    inputs = [_normal(*leading, 5).requires_grad_(), *[_normal(3, *[5] * (2 - n), seed=n) for n in (1, 2)]]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs[: 1 + given.count(" ")]]
+
+    def replaced(x: Tensor, *affine: Tensor) -> Tensor:
+        with SecondDerivatives(x):
+            return F.linear(x.clone(), *affine)
+
+    assert _is_ours(replaced(*inputs))
+    for order in (1, 2, 3):
+        assert relative_error(_derivatives(replaced, inputs, order), _derivatives(F.linear, inputs, order)) < 1e-12
+
+
+# Whole objectives
+
+
+def _networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
+    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
+    return {
+        "convnet": (
+            lambda: nn.Sequential(
+                *(nn.Conv2d(1, 8, 4, stride=2, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, stride=2, padding=1)),
+                *(nn.SiLU(), nn.Flatten(), nn.Linear(8 * 49, 20), nn.GELU(approximate="tanh"), nn.Linear(20, 10)),
+            ),
+            (4, 1, 28, 28),
+        ),
+        "resnet": (lambda: smoothify(torchvision.models.resnet18(num_classes=10), act="gelu").eval(), (2, 3, 32, 32)),
+        "swin": (
+            lambda: timm.create_model(
+                "swin_tiny_patch4_window7_224",
+                img_size=56,
+                embed_dim=24,
+                depths=(2, 2),
+                num_heads=(2, 4),
+                num_classes=9,
+            ),
+            (2, 3, 56, 56),
+        ),
+        "convnext": (lambda: timm.create_model("convnext_atto", num_classes=10), (2, 3, 64, 64)),
+    }
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet", "swin", "convnext"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_gradient_of_a_network_is_that_of_plain_pytorch(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    make, shape = _networks()[name]
+    torch.manual_seed(0)
+    model, x, y = make().to(dtype), torch.rand(shape, dtype=dtype), torch.randint(9, shape[:1])
+    assert _is_ours(_objective(fused=True)(model, x, y).total)
+    assert _error(model, x, y) < tolerance
+
+
+@pytest.mark.filterwarnings("ignore::gradreg.GradregWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_of_a_small_model_is_that_of_plain_pytorch(name: str) -> None:
+    assert _error(make_model(name), *make_batch()) < 1e-12
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_last(layout: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, stride=2), nn.BatchNorm2d(6).eval(), nn.GELU(), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(24, 4)).double().to(memory_format=layout)
+    x, y = make_batch()
+    assert _error(model, x.contiguous(memory_format=torch.channels_last), y) < 1e-12
+
+
+@pytest.mark.parametrize("frozen", [["0.weight", "0.bias"], ["2.weight"], ["0.bias", "2.bias", "4.weight"]])
+def test_frozen_parameters(frozen: list[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GELU(), nn.Conv2d(6, 4, 2), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(*model, nn.Flatten()).double()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    assert _error(model, *make_batch()) < 1e-12
+    assert all(model.get_parameter(name).grad is None for name in frozen)
+
+
+class TiedKernels(nn.Module):
+    """A convolution that uses the kernel of another one, and one whose kernel depends on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 2, 3, padding=1)
+        self.head = nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.stem.weight * F.silu(x.mean()) + x[0, :, :3, :3]
+        z = F.gelu(self.stem(x)) + F.gelu(F.conv2d(x, self.stem.weight.flip(0), padding=1))
+        return self.head(F.conv2d(z, kernel, padding=1).mean((2, 3)))
+
+
+def test_kernels_that_are_shared_or_depend_on_the_input() -> None:
+    torch.manual_seed(0)
+    assert _error(TiedKernels().double(), *make_batch()) < 1e-12
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrised_weights(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Conv2d(2, 6, 3)), nn.GELU(), nn.Flatten(), wrap(nn.Linear(96, 4))).double()
+    assert _error(model, *make_batch()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_autocast_computes_in_the_same_types(dtype: torch.dtype, everywhere: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6).eval(), nn.GELU(), nn.Conv2d(6, 6, 1), nn.SiLU(), nn.Flatten()),
+        *(nn.LayerNorm(96), nn.Linear(96, 4)),
+    )
+    x, y = make_batch(dtype=torch.float32)
+    exact = _gradients(model, x, y, fused=False)
+    outputs: dict[bool, list[torch.dtype]] = {True: [], False: []}
+    errors: dict[bool, float] = {}
+    for fused in (True, False):
+        hooks = [layer.register_forward_hook(lambda _, __, z, f=fused: outputs[f].append(z.dtype)) for layer in model]
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            total = _objective(fused=fused)(model, x, y).total
+            if everywhere:
+                total.backward()
+        if not everywhere:
+            total.backward()
+        assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+        errors[fused] = relative_error([parameter.grad for parameter in model.parameters()], exact)
+        for hook in hooks:
+            hook.remove()
+    assert outputs[True] == outputs[False]
+    assert dtype in outputs[True]
+    assert errors[True] < 1.5 * errors[False] < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+def test_models_in_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GELU(), nn.Flatten(), nn.LayerNorm(96), nn.Linear(96, 4)).to(dtype)
+    assert _error(model, *make_batch(dtype=dtype)) < tolerance
+
+
+# What is not computed, and what stays untouched
+
+
+@pytest.fixture
+def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool, bool]]]:
+    """Which gradients of convolutions are computed, in order."""
+    from gradreg.second_derivatives.affine import Convolution
+
+    masks: list[tuple[bool, bool, bool]] = []
+    computed = Convolution.gradients
+
+    def spying(self: Convolution, go: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> object:
+        masks.append(mask)
+        return computed(self, go, x, weight, mask)
+
+    monkeypatch.setattr(Convolution, "gradients", spying)
+    return masks
+
+
+TO_X, TO_W, TO_W_AND_B, ALL = (True, False, False), (False, True, False), (False, True, True), (True, True, True)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_nothing_is_computed_that_is_not_needed(prepared: bool, convolved: list[tuple[bool, bool, bool]]) -> None:
+    model = make_model("shared")
+    if prepared:
+        model = with_normalization(model, (0.5, 0.4), (0.2, 0.3)).double()
+    objective = PenalizedLoss(per_sample_cross_entropy, {"loss": TERMS["loss"]})
+    x, y = make_batch()
+    out = objective(model, x, y)
+    assert convolved == [TO_X] * 3
+    convolved.clear()
+    out.total.backward(retain_graph=True)
+    assert convolved == [TO_W] * 3 + [ALL] * 2 + [TO_W_AND_B]  # not the input gradient of the first layer
+    convolved.clear()
+    out.total.backward()
+    assert convolved == [TO_W] * 3 + [ALL] * 2 + [TO_W_AND_B]
+
+
+def test_gradients_asked_for_by_name(convolved: list[tuple[bool, bool, bool]]) -> None:
+    model, (x, y) = make_model("shared"), make_batch()
+    named = dict(model.named_parameters())
+    expected = dict(zip(named, _gradients(model, x, y, fused=False), strict=True))
+    for names in (*itertools.combinations(named, 2), *[(name,) for name in named]):
+        total = _objective(fused=True)(model, x, y).total
+        found = torch.autograd.grad(total, [named[name] for name in names])
+        assert relative_error(list(found), [expected[name] for name in names]) < 1e-12
+    model.zero_grad()
+    convolved.clear()
+    _objective(fused=True)(model, x, y).total.backward(inputs=[named["head.weight"]])
+    assert not any(mask[0] and mask[1] for mask in convolved)
+    assert torch.allclose(named["head.weight"].grad, expected["head.weight"], rtol=1e-12)
+
+
+class OwnGradient(nn.Module):
+    """A model that looks at an input gradient in its forward pass, as an energy model does."""
+
+    def __init__(self, *, create_graph: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, stride=2)
+        self.head = nn.Linear(16 + 72, 4)
+        self.create_graph = create_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.gelu(self.stem(x))
+        (slope,) = torch.autograd.grad(z.sum(), x, create_graph=self.create_graph, retain_graph=True)
+        return self.head(torch.cat([z.flatten(1), slope.flatten(1)], 1))
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_models_that_take_an_input_gradient_themselves(create_graph: bool) -> None:
+    torch.manual_seed(0)
+    assert _error(OwnGradient(create_graph=create_graph).double(), *make_batch()) < 1e-12
+
+
+def test_the_input_is_left_alone_and_nothing_outlives_the_step() -> None:
+    model, (x, y) = make_model("shared"), make_batch()
+    x.requires_grad_()
+    inside: list[weakref.ref[Tensor]] = []
+    for module in model.children():
+        module.register_forward_hook(lambda _, __, z: inside.append(weakref.ref(z)))
+    gc.collect()
+    gc.disable()  # what is freed is to be freed without it
+    try:
+        out = _objective(fused=True)(model, x, y)
+        out.total.backward()
+        assert x.grad is None
+        assert torch.overrides._get_current_function_mode_stack() == []
+        inside += [weakref.ref(out.total), weakref.ref(out.logits)]
+        del out
+        assert [tensor() for tensor in inside] == [None] * len(inside)
+    finally:
+        gc.enable()
+
+
+def test_the_mode_is_left_when_the_model_raises() -> None:
+    def model(x: Tensor) -> Tensor:
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError):
+        _objective(fused=True)(model, *make_batch())
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_two_backward_passes_and_another_loss_on_the_logits() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    found = []
+    for fused in (True, False):
+        model.zero_grad()
+        out = _objective(fused=fused)(model, x, y)
+        out.total.backward(retain_graph=True)
+        (out.logits.square().sum() + out.penalties["loss"].sum()).backward(retain_graph=True)
+        out.total.backward(create_graph=False)
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert relative_error(*found) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_the_total_can_be_differentiated_again() -> None:
+    model, (x, y) = make_model("shared"), make_batch()
+    found = []
+    for fused in (True, False):
+        total = _objective(fused=fused)(model, x, y).total
+        gradients = torch.autograd.grad(total, parameters_of(model), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters_of(model)))
+        model.zero_grad()
+        _objective(fused=fused)(model, x, y).total.backward(create_graph=True)
+        found[-1] += tuple(parameter.grad.detach().clone() for parameter in model.parameters())
+        model.zero_grad()
+    assert relative_error(list(found[0]), list(found[1])) < 1e-11
+
+
+def test_a_statistic_that_changes_before_the_backward_pass_is_noticed() -> None:
+    model, (x, y) = make_model("batch_norm_eval"), make_batch()
+    total = _objective(fused=True)(model, x, y).total
+    model[1].running_var.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+# What is left to PyTorch
+
+
+class Weighted(Tensor):
+    """A tensor that is more than a tensor."""
+
+
+def _leaf() -> Tensor:
+    return torch.rand(2, 2, 4, 4, dtype=torch.float64).requires_grad_()
+
+
+def _subclassed(x: Tensor) -> Tensor:
+    return F.conv2d(x, torch.ones(2, 2, 1, 1, dtype=torch.float64).as_subclass(Weighted)).as_subclass(Tensor)
+
+
+LEFT: dict[str, Callable[[Tensor], Tensor]] = {
+    "in place": lambda x: F.silu(x + 1, inplace=True),
+    "padding=same": lambda x: F.conv2d(x, torch.ones(2, 2, 2, 2).double(), padding="same"),
+    "no batch": lambda x: F.conv2d(x[0], torch.ones(2, 2, 2, 2).double()),
+    "a constant": lambda x: F.gelu(x.detach()) + x,
+    "no grad": lambda x: torch.no_grad()(F.gelu)(x) + x,
+    "a subclass": _subclassed,
+    "batch statistics": lambda x: F.batch_norm(x, None, None, training=True),
+    "a linear layer in the midst": lambda x: F.linear(
+        x * torch.ones(4).double().requires_grad_(), torch.ones(3, 4).double()
+    ),
+    "vmap": lambda x: torch.vmap(F.gelu)(x),
+    "vjp": lambda x: torch.func.vjp(F.gelu, x)[0],
+    "checkpointing": lambda x: checkpoint(F.gelu, x, use_reentrant=False),
+    "hooks on saved tensors": lambda x: _hooked(x),
+    "an empty batch": lambda x: F.gelu(x[:0]),
+}
+
+
+def _hooked(x: Tensor) -> Tensor:
+    with saved_tensors_hooks(lambda z: z, lambda z: z):
+        return F.gelu(x)
+
+
+@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_is_left_to_pytorch(name: str) -> None:
+    x = _leaf()
+    with SecondDerivatives(x):
+        value = LEFT[name](x.clone())
+    assert not _is_ours(value)
+    assert torch.equal(value, LEFT[name](x.clone()))
+
+
+def test_forward_mode_is_left_to_pytorch() -> None:
+    x, tangent = _leaf(), _leaf().detach()
+    with torch.autograd.forward_ad.dual_level(), SecondDerivatives(x):
+        dual = F.gelu(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert torch.autograd.forward_ad.unpack_dual(dual).tangent is not None
+
+
+def test_checkpointed_blocks_between_others() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(96, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = checkpoint(lambda z: F.gelu(self.block(z)), F.gelu(self.stem(x)), use_reentrant=False)
+            return self.head(F.silu(z).flatten(1))
+
+    torch.manual_seed(0)
+    assert _error(Checkpointed().double(), *make_batch()) < 1e-12
+
+
+def test_finite_differences_and_natural_steps_are_left_to_pytorch() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    for objective in (
+        PenalizedLoss(per_sample_cross_entropy, TERMS, differentiation=FiniteDifference(threat=Linf(0.1))),
+        PenalizedLoss(per_sample_cross_entropy, {"p": Term(GradNormPenalty(L2(0.1)), weight=0.0)}),
+        _objective(fused=False),
+    ):
+        assert not _is_ours(objective(model, x, y).total)
+    assert _is_ours(PenalizedModel(model, _objective(fused=True))(x, y).total)
+
+
+def test_no_warning_is_given() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _gradients(make_model("conv"), *make_batch(), fused=True)
