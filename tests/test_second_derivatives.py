@@ -29,11 +29,24 @@ from gradreg import (
     smoothify,
     with_normalization,
 )
-from gradreg.second_derivatives import SecondDerivatives
+from gradreg.second_derivatives import SecondDerivatives, calls
 
 from cases import MODELS, make_batch, make_model, parameters_of, per_sample_cross_entropy, relative_error
 
 Layer = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def however_small() -> Iterator[None]:
+    """Replace the calls of this file's small layers, which are not worth it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "_LEAST_ELEMENTS", 0)
+        patch.setattr(calls, "_LEAST_PRODUCTS", 0)
+        patch.setattr(calls, "_convolution_pays", lambda *_: True)
+        yield
+
+
+CONVOLUTION_PAYS = calls._convolution_pays
 TERMS = {
     "loss": Term(GradNormPenalty(Linf(0.1)), 1.2),
     "logit": Term(GradNormPenalty(L2(0.4)), 0.5, of=predicted_class()),
@@ -522,6 +535,53 @@ def test_is_left_to_pytorch(name: str) -> None:
         value = LEFT[name](x.clone())
     assert not _is_ours(value)
     assert torch.equal(value, LEFT[name](x.clone()))
+
+
+class TestWhatPays:
+    """With the thresholds in force."""
+
+    @pytest.fixture(autouse=True)
+    def thresholds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(calls, "_LEAST_ELEMENTS", 2**16)
+        monkeypatch.setattr(calls, "_LEAST_PRODUCTS", 2**22)
+        monkeypatch.setattr(calls, "_convolution_pays", CONVOLUTION_PAYS)
+
+    @pytest.mark.parametrize("name", ["gelu", "silu", "layer norm", "batch norm"])
+    def test_layers_of_65536_elements(self, name: str) -> None:
+        channels = torch.ones(4)
+        layer: Layer = {
+            "gelu": F.gelu,
+            "silu": F.silu,
+            "layer norm": lambda x: F.layer_norm(x, (16,)),
+            "batch norm": lambda x: F.batch_norm(x, channels, channels),
+        }[name]
+        assert _is_ours(_replaced(layer, torch.rand(1024, 4, 16).requires_grad_()))
+        assert not _is_ours(_replaced(layer, torch.rand(1023, 4, 16).requires_grad_()))
+
+    @pytest.mark.parametrize(
+        ("batch", "kernel", "stride", "groups", "ours"),
+        [
+            (32, 3, 1, 1, True),  # 32 · 8 · 8 · 16 · 16 · 9 = 4.7 million products
+            (28, 3, 1, 1, False),
+            (112, 3, 2, 1, False),
+            (128, 3, 2, 1, True),
+            (1024, 1, 1, 1, False),
+            (1024, 1, 2, 1, True),
+            (64, 3, 1, 2, True),
+            (56, 3, 1, 2, False),
+            (1024, 5, 1, 2, False),
+        ],
+    )
+    def test_convolutions(self, batch: int, kernel: int, stride: int, groups: int, ours: bool) -> None:
+        weight = torch.rand(16, 16 // groups, kernel, kernel)
+        layer: Layer = lambda x: F.conv2d(x, weight, stride=stride, groups=groups)  # noqa: E731
+        assert _is_ours(_replaced(layer, torch.rand(batch, 16, 8, 8).requires_grad_())) == ours
+
+    @pytest.mark.parametrize(("batch", "ours"), [(128, True), (127, False)])
+    def test_first_linear_layers(self, batch: int, ours: bool) -> None:
+        x, weight = torch.rand(batch, 256).requires_grad_(), torch.rand(128, 256)
+        with SecondDerivatives(x):
+            assert _is_ours(F.linear(x.clone(), weight)) == ours
 
 
 def test_forward_mode_is_left_to_pytorch() -> None:
