@@ -1,4 +1,7 @@
-"""The function mode that exchanges calls of layers."""
+"""The function mode that exchanges calls of layers, and which calls it exchanges.
+
+The functions below have the signatures of PyTorch's, after the leaf, and return None for what is left to it.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, cast, final
@@ -55,12 +58,13 @@ class SecondDerivatives(TorchFunctionMode):
 
 def _may_replace() -> bool:
     """Whether functions written in Python do here what PyTorch's do."""
-    return not (
-        in_transform()
-        or not torch.is_grad_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or forward_ad._current_level >= 0
-    )
+    return not (in_transform() or not torch.is_grad_enabled() or _saves_are_hooked() or forward_ad._current_level >= 0)
+
+
+def _saves_are_hooked() -> bool:
+    """Whether hooks act on what is saved for a backward pass; PyTorch before 2.8 cannot tell."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
 
 
 def _suits(x: object, *others: object) -> bool:
