@@ -118,9 +118,9 @@ MUTATIONS = [
     Mutation("second_derivatives/engine.py", "        return by_name", "        return False"),
     Mutation("second_derivatives/layer_norm.py", ".addcmul_(z, with_weighted)", ""),
     Mutation("second_derivatives/layer_norm.py", "keepdim=True).mul_(rstd).neg_()", "keepdim=True).mul_(rstd)"),
-    Mutation("second_derivatives/calls.py", "        in_transform()\n        or not", "        not"),
-    Mutation("second_derivatives/calls.py", "        or _saves_are_hooked()\n", ""),
-    Mutation("second_derivatives/calls.py", "        or forward_ad._current_level >= 0\n", ""),
+    Mutation("second_derivatives/calls.py", "not in_transform()", "True"),
+    Mutation("second_derivatives/calls.py", "not _saves_are_hooked()", "True"),
+    Mutation("second_derivatives/calls.py", "and forward_ad._current_level < 0", ""),
     Mutation(
         "second_derivatives/calls.py", "type(tensor) not in (Tensor, nn.Parameter)", "not isinstance(tensor, Tensor)"
     ),

@@ -161,6 +161,22 @@ def test_convolutions_by_finite_differences(stride: int | tuple[int, int], paddi
     _check_numerically(layer, _normal(2, 2, 5, 6), _normal(3, 2, 3, 2, seed=1), _normal(3, seed=2))
 
 
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("stride", [2, 3, (2, 4)])
+def test_stems_of_every_geometry(kernel: int, stride: int | tuple[int, int], padding: int) -> None:
+    """Whose input gradient is taken by phases; some of these kernels leave out pixels at the lower or right edge."""
+    for rows, columns in ((7, 8), (8, 9), (9, 7)):
+        x, weight = (
+            _normal(2, 3, rows, columns).requires_grad_(),
+            _normal(2, 3, kernel, kernel, seed=1).requires_grad_(),
+        )
+        layer: Layer = lambda *given: F.conv2d(*given, stride=stride, padding=padding)  # noqa: E731
+        found = _derivatives(lambda *given, layer=layer: _replaced(layer, *given), [x, weight], 2)
+        for a, b in zip(found, _derivatives(layer, [x, weight], 2), strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
+
+
 ACTIVATIONS: dict[str, Layer] = {
     "gelu": F.gelu,
     "gelu, named": lambda x: F.gelu(input=x, approximate="none"),
@@ -302,6 +318,29 @@ class TiedKernels(nn.Module):
 def test_kernels_that_are_shared_or_depend_on_the_input() -> None:
     torch.manual_seed(0)
     assert _error(TiedKernels().double(), *make_batch()) < 1e-12
+
+
+class LearnedImage(nn.Module):
+    """A stem that sees the input with something learned, or something learned alone."""
+
+    def __init__(self, *, alone: bool) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.rand(1, 2, 6, 6))
+        self.stem, self.head = nn.Conv2d(2, 3, 3), nn.Linear(48, 4)
+        self.alone = alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        learned = 2 * self.image
+        z = self.stem(learned) * F.silu(x[:, :1, 1:5, 1:5]) if self.alone else self.stem(x + learned)
+        return self.head(F.gelu(z).flatten(1))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parameters_before_the_first_layer(alone: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = LearnedImage(alone=alone).double(), make_batch()
+    assert _error(model, x, y) < 1e-12
+    assert model.image.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])

@@ -58,7 +58,8 @@ class SecondDerivatives(TorchFunctionMode):
 
 def _may_replace() -> bool:
     """Whether functions written in Python do here what PyTorch's do."""
-    return not (in_transform() or not torch.is_grad_enabled() or _saves_are_hooked() or forward_ad._current_level >= 0)
+    eager = torch.is_grad_enabled() and not in_transform() and forward_ad._current_level < 0
+    return eager and not _saves_are_hooked()
 
 
 def _saves_are_hooked() -> bool:
