@@ -42,9 +42,10 @@ ALSO_GUARDED_BY = {
     "modes": ("test_attacks",),
     "checks": ("test_objective", "test_attacks"),
     "model_checks": ("test_objective", "test_estimators", "integration/test_distributed"),
-    "objective": ("test_estimators", "integration/test_distributed"),
+    "objective": ("test_estimators", "test_second_derivatives", "integration/test_distributed"),
     "wrappers": ("test_preflight", "integration/test_distributed"),
     "scoring": (
+        "test_second_derivatives",
         "test_objective",
         "test_transforms",
         "test_differentiation",
@@ -82,6 +83,62 @@ MUTATIONS = [
         "return torch.where(delta == 0, 0.0, delta / self._eps_like(delta))",
         "return delta / self._eps_like(delta)",
     ),
+    # second derivatives
+    Mutation(
+        "objective.py", "around=SecondDerivatives if active and self._is_fused()", "around=SecondDerivatives if active"
+    ),
+    Mutation("objective.py", "and self.differentiation.fused", "and False"),
+    Mutation(
+        "second_derivatives/affine.py",
+        "if ctx.accumulator is not None and will_run(ctx.accumulator, by_name=False):",
+        "if False:",
+    ),
+    Mutation(
+        "second_derivatives/affine.py",
+        "linear, mask = ctx.layer.linear_part(statistics),",
+        "linear, mask = statistics,",
+    ),
+    Mutation("second_derivatives/affine.py", "if to_x and torch.is_grad_enabled():", "if False:"),
+    Mutation(
+        "second_derivatives/affine.py",
+        "ctx.save_for_backward(x, weight, *statistics)",
+        "ctx.saved = (x, weight, *statistics)",
+    ),
+    Mutation("second_derivatives/affine.py", ".flip(2, 4)", ""),
+    Mutation("second_derivatives/affine.py", "padding=(high - 1, wide - 1)", "padding=(wide - 1, high - 1)"),
+    Mutation("second_derivatives/affine.py", "down + x.shape[2] - spread.shape[2]", "x.shape[2] - spread.shape[2]"),
+    Mutation("second_derivatives/affine.py", "self.groups == 1 and self.dilation == (1, 1) and", ""),
+    Mutation("second_derivatives/activations.py", "value=math.log(2)", "value=1.0"),
+    Mutation("second_derivatives/activations.py", "x.clamp(-16, 16) if x.dtype == torch.float16 else x", "x"),
+    Mutation("second_derivatives/activations.py", "value=3 * b", "value=b"),
+    Mutation(
+        "second_derivatives/activations.py",
+        "return torch.autograd.grad(self.value(x), x, factor, create_graph=True)[0]",
+        "return self.slope(factor, x)",
+    ),
+    Mutation("second_derivatives/engine.py", "tensor.view_as(tensor)", "tensor"),
+    Mutation("second_derivatives/engine.py", "needed and will_run(next(nodes), by_name=True)", "needed"),
+    Mutation("second_derivatives/engine.py", "        return by_name", "        return False"),
+    Mutation("second_derivatives/layer_norm.py", ".addcmul_(z, with_weighted)", ""),
+    Mutation("second_derivatives/layer_norm.py", "keepdim=True).mul_(rstd).neg_()", "keepdim=True).mul_(rstd)"),
+    Mutation("second_derivatives/calls.py", "not in_transform()", "True"),
+    Mutation("second_derivatives/calls.py", "not _saves_are_hooked()", "True"),
+    Mutation("second_derivatives/calls.py", "and forward_ad._current_level < 0", ""),
+    Mutation(
+        "second_derivatives/calls.py", "type(tensor) not in (Tensor, nn.Parameter)", "not isinstance(tensor, Tensor)"
+    ),
+    Mutation("second_derivatives/calls.py", 'if padding == "same" or not', "if not"),
+    Mutation("second_derivatives/calls.py", "is leaf else None", "is not None else None"),
+    Mutation("second_derivatives/calls.py", "len(accumulators) == 1 and", ""),
+    Mutation(
+        "second_derivatives/calls.py",
+        "return Affine.apply(layer, _accumulator(input, leaf), *_under_autocast(input, weight, bias))",
+        "return Affine.apply(layer, _accumulator(input, leaf), input, weight, bias)",
+    ),
+    Mutation(
+        "second_derivatives/calls.py", "if groups > 1 and height * width > 9:", "if groups > 1 and height * width > 99:"
+    ),
+    Mutation("second_derivatives/calls.py", "if not inplace and _is_large(input)", "if _is_large(input)"),
     # gradients and differentiation
     Mutation(
         "gradients.py",

@@ -29,11 +29,24 @@ from gradreg import (
     smoothify,
     with_normalization,
 )
-from gradreg.second_derivatives import SecondDerivatives
+from gradreg.second_derivatives import SecondDerivatives, calls
 
 from cases import MODELS, make_batch, make_model, parameters_of, per_sample_cross_entropy, relative_error
 
 Layer = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def however_small() -> Iterator[None]:
+    """Replace the calls of this file's small layers, which are not worth it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "_LEAST_ELEMENTS", 0)
+        patch.setattr(calls, "_LEAST_PRODUCTS", 0)
+        patch.setattr(calls, "_convolution_pays", lambda *_: True)
+        yield
+
+
+CONVOLUTION_PAYS = calls._convolution_pays
 TERMS = {
     "loss": Term(GradNormPenalty(Linf(0.1)), 1.2),
     "logit": Term(GradNormPenalty(L2(0.4)), 0.5, of=predicted_class()),
@@ -146,6 +159,22 @@ def test_convolutions_of_every_geometry(case: tuple[Layer, list[Tensor]]) -> Non
 def test_convolutions_by_finite_differences(stride: int | tuple[int, int], padding: int | tuple[int, int]) -> None:
     layer: Layer = lambda *given: F.conv2d(*given, stride=stride, padding=padding)  # noqa: E731
     _check_numerically(layer, _normal(2, 2, 5, 6), _normal(3, 2, 3, 2, seed=1), _normal(3, seed=2))
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("stride", [2, 3, (2, 4)])
+def test_stems_of_every_geometry(kernel: int, stride: int | tuple[int, int], padding: int) -> None:
+    """Whose input gradient is taken by phases; some of these kernels leave out pixels at the lower or right edge."""
+    for rows, columns in ((7, 8), (8, 9), (9, 7)):
+        x, weight = (
+            _normal(2, 3, rows, columns).requires_grad_(),
+            _normal(2, 3, kernel, kernel, seed=1).requires_grad_(),
+        )
+        layer: Layer = lambda *given: F.conv2d(*given, stride=stride, padding=padding)  # noqa: E731
+        found = _derivatives(lambda *given, layer=layer: _replaced(layer, *given), [x, weight], 2)
+        for a, b in zip(found, _derivatives(layer, [x, weight], 2), strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
 
 
 ACTIVATIONS: dict[str, Layer] = {
@@ -289,6 +318,29 @@ class TiedKernels(nn.Module):
 def test_kernels_that_are_shared_or_depend_on_the_input() -> None:
     torch.manual_seed(0)
     assert _error(TiedKernels().double(), *make_batch()) < 1e-12
+
+
+class LearnedImage(nn.Module):
+    """A stem that sees the input with something learned, or something learned alone."""
+
+    def __init__(self, *, alone: bool) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.rand(1, 2, 6, 6))
+        self.stem, self.head = nn.Conv2d(2, 3, 3), nn.Linear(48, 4)
+        self.alone = alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        learned = 2 * self.image
+        z = self.stem(learned) * F.silu(x[:, :1, 1:5, 1:5]) if self.alone else self.stem(x + learned)
+        return self.head(F.gelu(z).flatten(1))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parameters_before_the_first_layer(alone: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = LearnedImage(alone=alone).double(), make_batch()
+    assert _error(model, x, y) < 1e-12
+    assert model.image.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
@@ -522,6 +574,53 @@ def test_is_left_to_pytorch(name: str) -> None:
         value = LEFT[name](x.clone())
     assert not _is_ours(value)
     assert torch.equal(value, LEFT[name](x.clone()))
+
+
+class TestWhatPays:
+    """With the thresholds in force."""
+
+    @pytest.fixture(autouse=True)
+    def thresholds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(calls, "_LEAST_ELEMENTS", 2**16)
+        monkeypatch.setattr(calls, "_LEAST_PRODUCTS", 2**22)
+        monkeypatch.setattr(calls, "_convolution_pays", CONVOLUTION_PAYS)
+
+    @pytest.mark.parametrize("name", ["gelu", "silu", "layer norm", "batch norm"])
+    def test_layers_of_65536_elements(self, name: str) -> None:
+        channels = torch.ones(4)
+        layer: Layer = {
+            "gelu": F.gelu,
+            "silu": F.silu,
+            "layer norm": lambda x: F.layer_norm(x, (16,)),
+            "batch norm": lambda x: F.batch_norm(x, channels, channels),
+        }[name]
+        assert _is_ours(_replaced(layer, torch.rand(1024, 4, 16).requires_grad_()))
+        assert not _is_ours(_replaced(layer, torch.rand(1023, 4, 16).requires_grad_()))
+
+    @pytest.mark.parametrize(
+        ("batch", "kernel", "stride", "groups", "ours"),
+        [
+            (32, 3, 1, 1, True),  # 32 · 8 · 8 · 16 · 16 · 9 = 4.7 million products
+            (28, 3, 1, 1, False),
+            (112, 3, 2, 1, False),
+            (128, 3, 2, 1, True),
+            (1024, 1, 1, 1, False),
+            (1024, 1, 2, 1, True),
+            (64, 3, 1, 2, True),
+            (56, 3, 1, 2, False),
+            (1024, 5, 1, 2, False),
+        ],
+    )
+    def test_convolutions(self, batch: int, kernel: int, stride: int, groups: int, ours: bool) -> None:
+        weight = torch.rand(16, 16 // groups, kernel, kernel)
+        layer: Layer = lambda x: F.conv2d(x, weight, stride=stride, groups=groups)  # noqa: E731
+        assert _is_ours(_replaced(layer, torch.rand(batch, 16, 8, 8).requires_grad_())) == ours
+
+    @pytest.mark.parametrize(("batch", "ours"), [(128, True), (127, False)])
+    def test_first_linear_layers(self, batch: int, ours: bool) -> None:
+        x, weight = torch.rand(batch, 256).requires_grad_(), torch.rand(128, 256)
+        with SecondDerivatives(x):
+            assert _is_ours(F.linear(x.clone(), weight)) == ours
 
 
 def test_forward_mode_is_left_to_pytorch() -> None:

@@ -1,4 +1,7 @@
-"""The function mode that exchanges calls of layers."""
+"""The function mode that exchanges calls of layers, and which calls it exchanges.
+
+The functions below have the signatures of PyTorch's, after the leaf, and return None for what is left to it.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, cast, final
@@ -15,15 +18,19 @@ from gradreg.second_derivatives.affine import Affine, Convolution, FixedNormaliz
 from gradreg.second_derivatives.layer_norm import LayerNorm
 
 _FEW = 16  # operations between the input and a first layer
+# A function written in Python costs some 20 microseconds in each of the four passes. With fewer elements, or fewer
+# products of a convolution, that is more than it saves (measured on a CPU: `docs/double-backward.md`).
+_LEAST_ELEMENTS = 2**16
+_LEAST_PRODUCTS = 2**22
 
 
 @final
 class SecondDerivatives(TorchFunctionMode):
     """While it is entered, calls of the layers named below are differentiated twice by the functions of this package.
 
-    Calls that it does not know, and tensors that are more than tensors (sharded ones, say), are left to PyTorch; so is
-    what runs inside transforms, compiled regions, or under hooks on saved tensors: checkpointing runs a function again
-    outside of this mode, and must find that it saved the same.
+    Calls that it does not know or that are too small to gain, and tensors that are more than tensors (sharded ones,
+    say), are left to PyTorch; so is what runs inside transforms, compiled regions, or under hooks on saved tensors:
+    checkpointing runs a function again outside of this mode, and must find that it saved the same.
 
     Args:
         leaf: The tensor whose gradient is taken, which nobody else has.
@@ -42,7 +49,7 @@ class SecondDerivatives(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         call = _CALLS.get(func)
-        if call is not None and _may_replace():
+        if call is not None:
             result = call(self._leaf, *args, **kwargs)
             if result is not None:
                 return result
@@ -51,17 +58,21 @@ class SecondDerivatives(TorchFunctionMode):
 
 def _may_replace() -> bool:
     """Whether functions written in Python do here what PyTorch's do."""
-    return not (
-        in_transform()
-        or not torch.is_grad_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or forward_ad._current_level >= 0
-    )
+    eager = torch.is_grad_enabled() and not in_transform() and forward_ad._current_level < 0
+    return eager and not _saves_are_hooked()
+
+
+def _saves_are_hooked() -> bool:
+    """Whether hooks act on what is saved for a backward pass; PyTorch before 2.8 cannot tell."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
 
 
 def _suits(x: object, *others: object) -> bool:
     """Whether x is a plain tensor of real numbers with a gradient, and the others are plain or None."""
-    return _is_plain(x) and x.requires_grad and all(other is None or _is_plain(other) for other in others)
+    if not _is_plain(x) or not x.requires_grad:
+        return False
+    return all(other is None or _is_plain(other) for other in others) and _may_replace()
 
 
 def _is_plain(tensor: object) -> TypeGuard[Tensor]:
@@ -70,6 +81,25 @@ def _is_plain(tensor: object) -> TypeGuard[Tensor]:
         return False
     tensor = cast("Tensor", tensor)
     return tensor.layout == torch.strided and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether a layer that passes over memory is worth a function of its own."""
+    return isinstance(x, Tensor) and x.numel() >= _LEAST_ELEMENTS
+
+
+def _convolution_pays(x: Tensor, weight: Tensor, stride: tuple[int, int], groups: int) -> bool:
+    """Whether PyTorch's second derivative of a convolution is the slower one.
+
+    It is as good for kernels of one pixel without stride, and better for large kernels in groups, for whose weight
+    gradient oneDNN has no fast kernel.
+    """
+    outputs, _, height, width = weight.shape
+    if height * width == 1 and stride == (1, 1):
+        return False
+    if groups > 1 and height * width > 9:
+        return False
+    return x.numel() * outputs * height * width >= _LEAST_PRODUCTS * groups * stride[0] * stride[1]
 
 
 def _accumulator(x: Tensor, leaf: Tensor) -> Node | None:
@@ -112,7 +142,9 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    if not _suits(input, weight, bias) or input.ndim != 4 or padding == "same":
+    if padding == "same" or not isinstance(input, Tensor) or input.ndim != 4:
+        return None
+    if not _convolution_pays(input, weight, _pair(stride), groups) or not _suits(input, weight, bias):
         return None
     layer = Convolution(_pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation), groups)
     return Affine.apply(layer, _accumulator(input, leaf), *_under_autocast(input, weight, bias))
@@ -120,7 +152,11 @@ def _conv2d(
 
 def _linear(leaf: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     # PyTorch's second derivative is as good. Only the input gradient of a first layer is one too many.
-    accumulator = _accumulator(input, leaf) if _suits(input, weight, bias) else None
+    if not isinstance(input, Tensor) or weight.ndim != 2 or input.numel() * len(weight) < _LEAST_PRODUCTS:
+        return None
+    if not _suits(input, weight, bias):
+        return None
+    accumulator = _accumulator(input, leaf)
     if accumulator is None:
         return None
     return Affine.apply(Linear(), accumulator, *_under_autocast(input, weight, bias))
@@ -137,7 +173,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if training or running_mean is None or not _suits(input, running_mean, running_var, weight, bias):
+    if training or running_mean is None or not _is_large(input):
+        return None
+    if not _suits(input, running_mean, running_var, weight, bias):
         return None
     return Affine.apply(
         FixedNormalization(eps), _accumulator(input, leaf), input, weight, bias, running_mean, running_var
@@ -152,7 +190,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if not _suits(input, weight, bias):
+    if not _is_large(input) or not _suits(input, weight, bias):
         return None
     mixed = any(tensor is not None and tensor.dtype != input.dtype for tensor in (weight, bias))
     if mixed or (torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float32):
@@ -161,12 +199,13 @@ def _layer_norm(
 
 
 def _gelu(leaf: Tensor, input: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor | None:
-    activation = TanhGELU() if approximate == "tanh" else GELU()
-    return Activated.apply(activation, input) if _suits(input) else None
+    if not _is_large(input) or not _suits(input):
+        return None
+    return Activated.apply(TanhGELU() if approximate == "tanh" else GELU(), input)
 
 
 def _silu(leaf: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
-    return Activated.apply(SiLU(), input) if _suits(input) and not inplace else None
+    return Activated.apply(SiLU(), input) if not inplace and _is_large(input) and _suits(input) else None
 
 
 _CALLS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
