@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +52,7 @@ class Checkpointed(nn.Module):
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    """The model with the blocks of its outermost sequences checkpointed: residual blocks, transformer blocks, stages."""
+    """The model with the blocks of its outermost sequences checkpointed: residual or transformer blocks, stages."""
     if isinstance(model, nn.Sequential):
         return nn.Sequential(*(Checkpointed(block) for block in model))
     for name, child in model.named_children():
@@ -65,9 +64,7 @@ exact = METHODS["GradNorm, PenalizedLoss"]
 CONTENDERS: dict[str, Contender] = {
     "natural": Contender(METHODS["natural"]),
     "exact": Contender(exact),
-    **{
-        f"exact, {parts} parts": Contender(dataclasses.replace(exact, parts=parts), same_as="exact") for parts in PARTS
-    },
+    **{f"exact, {parts} parts": Contender(dataclasses.replace(exact, parts=parts), same_as="exact") for parts in PARTS},
     "exact, half of the batch": Contender(METHODS["GradNorm, half of the batch"]),
     "exact, quarter of the batch": Contender(METHODS["GradNorm, quarter of the batch"]),
     "differences, three passes": Contender(METHODS["differences, three passes"]),

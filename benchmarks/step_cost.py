@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import passes
-import turns
 from gradreg import (
     NFGSM,
     Attack,
@@ -40,6 +38,9 @@ from gradreg import (
     sampled_class,
     smoothify,
 )
+
+import passes
+import turns
 
 EPS = 4 / 255
 CRITERION = nn.CrossEntropyLoss(reduction="none")
@@ -322,9 +323,7 @@ def table_of(report: dict) -> str:
         cells.append("" if seconds is None else f"{seconds:.4f}")
         return [name, *cells, *[cell for clock in clocks for cell in turns.spread(ratios[clock])]]
 
-    rows = [
-        row(name, found, name if name in METHODS else None) for name, found in report["ratio_to_natural"].items()
-    ]
+    rows = [row(name, found, name if name in METHODS else None) for name, found in report["ratio_to_natural"].items()]
     rows.append(row("*PenalizedLoss / explicit loop*", report["object_to_explicit"]))
     for name, found in report["ratio_to_compiled_natural"].items():
         rows.append(row(f"*{name} / natural, compiled*", found))

@@ -104,7 +104,7 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def gradient_error(turn: Turn, reference: Turn) -> float:
-    """Norm of the difference of the gradients that two turns leave behind, of the reference's norm; same random numbers."""
+    """Distance of the gradients that two turns leave behind, by the norm of the second; both draw the same numbers."""
     found = []
     for each in (turn, reference):
         torch.manual_seed(0)
