@@ -33,10 +33,10 @@ BENCHMARK := $(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python
 
 step-cost: $(VENV)/test.installed
 	$(BENCHMARK) benchmarks/step_cost.py --threads 1
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet18 --rounds 8
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet50 --rounds 4
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model vit_tiny --rounds 3
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model swin_tiny --rounds 2
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet18 --rounds 8 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet50 --rounds 4 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model vit_tiny --rounds 3 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model swin_tiny --rounds 2 --warm-up 1
 
 memory: $(VENV)/test.installed
 	$(BENCHMARK) benchmarks/memory.py --threads 1

@@ -41,7 +41,7 @@ CONTENDERS: dict[str, Contender] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the tables, write the numbers."""
-    parser = turns.parser_of(__doc__, output="results/attention", rounds=5)
+    parser = turns.parser_of(__doc__, output="results/attention", rounds=5, warm_up=1)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a ViT of timm with patches of 16 pixels")
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 1024], help="square numbers (default 196 1024)")
     parser.add_argument("--depth", type=int, help="blocks, where not all are wanted")

@@ -92,7 +92,7 @@ def measure(
 
     repeats = [
         turns.take_turns(
-            fresh(), args.rounds, warm_up=1, seed=seed, device=x.device, title=f"{title}, repeat {seed + 1}"
+            fresh(), args.rounds, warm_up=args.warm_up, seed=seed, device=x.device, title=f"{title}, repeat {seed + 1}"
         )
         for seed in range(args.repeats)
     ]
@@ -133,7 +133,7 @@ def table_of(found: Mapping[str, dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the numbers."""
-    parser = turns.parser_of(__doc__, output="results/memory", rounds=5)
+    parser = turns.parser_of(__doc__, output="results/memory", rounds=5, warm_up=1)
     parser.add_argument("--model", choices=MODELS, default="convnet")
     args = parser.parse_args(argv)
     device = turns.prepare(parser, args)

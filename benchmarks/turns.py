@@ -123,7 +123,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
     On the CPU it is the highest sum of the allocations and releases that the profiler records: every tensor to the
     byte, whatever the C library does with the memory afterwards. What oneDNN and MKL allocate for themselves is not
-    in it. On a GPU it is the caching allocator's own count.
+    in it, and what was allocated before is taken to stay. On a GPU it is the caching allocator's own count.
     """
     gc.collect()
     if device.type == "cuda":
@@ -181,10 +181,11 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: present.get(name, "not installed") for name in names}}
 
 
-def parser_of(description: str | None, *, output: str, rounds: int) -> argparse.ArgumentParser:
+def parser_of(description: str | None, *, output: str, rounds: int, warm_up: int) -> argparse.ArgumentParser:
     """The options that all benchmarks of a training step have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"of each repeat (default {rounds})")
+    parser.add_argument("--warm-up", type=int, default=warm_up, help=f"rounds before that (default {warm_up})")
     parser.add_argument("--repeats", type=int, default=3, help="runs, each with a fresh copy of the model (default 3)")
     parser.add_argument("--batch-size", type=int, help="a multiple of 4; default: the model's own, for a CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -197,8 +198,8 @@ def parser_of(description: str | None, *, output: str, rounds: int) -> argparse.
 def prepare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> torch.device:
     """Check the options of `parser_of`, set threads and precision, and return the device."""
     device = torch.device(args.device)
-    if args.rounds < 1 or args.repeats < 1:
-        parser.error("--rounds and --repeats are at least 1")
+    if args.rounds < 1 or args.repeats < 1 or args.warm_up < 0:
+        parser.error("--rounds and --repeats are at least 1, --warm-up at least 0")
     if args.batch_size is not None and (args.batch_size < 4 or args.batch_size % 4):
         parser.error("--batch-size is a multiple of 4, so that half of it and a quarter are whole numbers")
     if args.dtype == "tf32" and device.type != "cuda":

@@ -177,32 +177,31 @@ def test_memory_measures_peaks_and_gradients(tmp_path: Path, capsys: pytest.Capt
 
 def test_peak_is_of_what_lives_at_the_same_time(step_cost: ModuleType) -> None:
     torch, peak_bytes = step_cost.torch, step_cost.turns.peak_bytes
-    before = [torch.zeros(3000)]
 
     def run() -> None:
-        first = torch.zeros(1000)
+        first = torch.zeros(3000)
         del first
-        before.pop()  # what was there before leaves room, and is not forgotten
         both = torch.zeros(2000), torch.zeros(4000)
         del both
+        torch.zeros(5000)
 
-    assert peak_bytes(run, torch.device("cpu")) == 4 * (2000 + 4000 - 3000)
+    assert peak_bytes(run, torch.device("cpu")) == 4 * (2000 + 4000)
 
 
 def test_attention_compares_fused_with_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     attention = load("benchmarks/attention.py")
-    tiny = ["--rounds", "1", "--repeats", "1", "--tokens", "16", "64", "--depth", "1"]
+    tiny = ["--rounds", "1", "--repeats", "1", "--tokens", "4", "16", "--depth", "1"]
     attention.main([*tiny, "--output", str(tmp_path)])
 
     report = json.loads((tmp_path / "vit_tiny_patch16_224.json").read_text())
-    assert list(report["tokens"]) == ["16", "64"]
+    assert list(report["tokens"]) == ["4", "16"]
     for rows in report["tokens"].values():
         assert list(rows) == list(attention.CONTENDERS)
         assert rows["natural, fused"]["peak_ratio"] == rows["natural, fused"]["time_ratio"]["cpu"]["median"] == 1
         assert rows["natural, unfused"]["gradient_error"] < 1e-5
         assert rows["exact, unfused"]["gradient_error"] < 1e-5
-        assert rows["exact, math attention"]["peak_bytes"] > rows["differences in one pass, fused"]["peak_bytes"]
-    assert "64 tokens, batch 4" in capsys.readouterr().out
+        assert rows["exact, math attention"]["peak_ratio"] > 1
+    assert "16 tokens, batch 4" in capsys.readouterr().out
     assert (tmp_path / "vit_tiny_patch16_224.png").read_bytes().startswith(b"\x89PNG")
 
 
