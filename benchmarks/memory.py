@@ -21,7 +21,7 @@ import turns
 from step_cost import METHODS, MODELS, Method, batch_of, frozen_optimizer, turn_of
 
 TARGET = 1.05  # of a natural step, for an exact gradient
-PARTS = (2, 4, 8)
+PARTS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="compiled forms too")
     args = parser.parse_args(argv)
     device = turns.prepare(parser, args)
+    if args.compile and args.warm_up < 1:
+        parser.error("--warm-up is at least 1 with --compile, which happens in the first round")
 
     model, x, y = batch_of(args.model, args.batch_size, device)
     # Four images are enough to count with: halves and quarters of them are whole.

@@ -133,6 +133,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports every start and stop
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         warnings.simplefilter("ignore")  # what the profiler says about itself
         run()
@@ -262,7 +263,8 @@ def plot(
     if floors:
         at = [place[name] for name in floors]
         axes.plot(list(floors.values()), at, "|", color="0.35", markersize=11, markeredgewidth=1.5, label="floor")
-    for (kind, values), color, marker in zip(series.items(), COLORS, MARKERS, strict=False):
+    looks = zip(itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=True)
+    for (kind, values), (color, marker) in zip(series.items(), looks, strict=False):
         at = [place[name] for name in values]
         middle = [value["median"] for value in values.values()]
         low = [value["median"] - value["quartile_1"] for value in values.values()]
