@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     path = args.output / turns.stem(args.model, args.dtype, device)
     turns.write(report, path.with_suffix(".json"))
+    print(f"\n{report['machine']}")
     series = {}
     for tokens, rows in lengths.items():
         series[f"time, {tokens} tokens"] = {name: row["time_ratio"][clock] for name, row in rows.items()}
         series[f"memory, {tokens} tokens"] = {name: turns.point(row["peak_ratio"]) for name, row in rows.items()}
     turns.plot(series, {}, "of a natural step with fused attention", path.with_suffix(".png"))
-    print(f"\n{report['machine']}")
 
 
 if __name__ == "__main__":

@@ -161,16 +161,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "parts_that_reach_it": parts,
         "steps": found,
     }
-    turns.write(report, args.output / f"{turns.stem(args.model, args.dtype, device)}.json")
-    turns.plot(
-        {"peak memory": {name: turns.point(row["peak_ratio"]) for name, row in found.items()}},
-        {},
-        f"peak memory / natural step ({args.model}, {args.dtype})",
-        args.output / f"{turns.stem(args.model, args.dtype, device)}.png",
-    )
+    path = args.output / turns.stem(args.model, args.dtype, device)
+    turns.write(report, path.with_suffix(".json"))
     print(table_of(found))
     print(f"\nExact gradients within {TARGET} of natural: {f'{parts} parts' if parts else 'with none of these parts'}")
     print(f"\nGradients of the parameters: {report['gradients_bytes'] / 2**20:.1f} MiB; {report['machine']}")
+    peaks = {name: turns.point(row["peak_ratio"]) for name, row in found.items()}
+    label = f"peak memory / natural step ({args.model}, {args.dtype})"
+    turns.plot({"peak memory": peaks}, {}, label, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -307,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     stem = turns.stem(args.model, args.dtype, device)
     turns.write(report, args.output / f"{stem}.json")
-    picture(report, args.output / f"{stem}.png")
     print(table_of(report))
+    picture(report, args.output / f"{stem}.png")
 
 
 def table_of(report: dict) -> str:
