@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint mutations zoo attack-cost kinks
+.PHONY: quickstart test lint mutations zoo attack-cost kinks step-cost memory attention
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart.py
@@ -26,6 +26,24 @@ zoo: $(VENV)/test.installed
 
 kinks: $(VENV)/quickstart.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kinks.py --threads 1
+
+# The C library keeps the memory that it has, or it would give it back and ask again at every step (benchmarks/README.md).
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+BENCHMARK := $(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python
+
+step-cost: $(VENV)/test.installed
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet18 --rounds 8 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet50 --rounds 4 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model vit_tiny --rounds 3 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model swin_tiny --rounds 2 --warm-up 1
+
+memory: $(VENV)/test.installed
+	$(BENCHMARK) benchmarks/memory.py --threads 1
+	$(BENCHMARK) benchmarks/memory.py --threads 1 --model resnet18 --batch-size 64 --rounds 2
+
+attention: $(VENV)/test.installed
+	$(BENCHMARK) benchmarks/attention.py --threads 1 --rounds 2
 
 # In an environment of its own: one of the libraries that it compares with pins old packages.
 attack-cost: $(VENV)-attack-cost/installed

@@ -9,24 +9,17 @@ to read the tables.
 """
 
 import argparse
-import importlib.metadata
-import json
-import platform
-import random
-import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import gradreg
 from gradreg import APGDAttack, Attack, Linf, PGDAttack, TargetedAPGDAttack, evaluate, smoothify
 from gradreg.attacks import IteratedAttack
+
+import turns
 
 CRITERION = nn.CrossEntropyLoss(reduction="none")
 Contender = Callable[[nn.Module, Tensor, Tensor], Tensor]  # which samples are robust
@@ -162,43 +155,43 @@ def verdicts(eps: float) -> dict[str, Contender]:
     }
 
 
-def take_turns(
+def compare(
     contenders: dict[str, Contender], model: nn.Module, x: Tensor, y: Tensor, rounds: int, title: str
 ) -> dict[str, dict[str, object]]:
     """CPU time of each contender over that of the first in the same round, and how many samples it finds robust."""
-    shuffled = random.Random(0)
     base = next(iter(contenders))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     robust: dict[str, int] = {}
-    for index in tqdm(range(rounds + 1), desc=title, unit="round"):
-        for name in shuffled.sample(list(contenders), len(contenders)):
+
+    def turn_of(name: str) -> turns.Turn:
+        def run() -> None:
             torch.manual_seed(0)
-            start = time.process_time()
             robust[name] = int(contenders[name](model, x, y).sum())
-            if index:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
+
+        return turns.Turn(run)
+
+    taking = {name: turn_of(name) for name in contenders}
+    measured = [turns.take_turns(taking, rounds, warm_up=1, seed=0, device=torch.device("cpu"), title=title)]
     found: dict[str, dict[str, object]] = {}
     for name in contenders:
-        of_rounds = [mine / theirs for mine, theirs in zip(seconds[name], seconds[base], strict=True)]
-        low, median, high = statistics.quantiles(of_rounds, n=4, method="inclusive") if rounds > 1 else of_rounds * 3
+        ratio = turns.ratios(measured, name, base)["cpu"]
         found[name] = {
-            "ratio": median,
-            "quartiles": [low, high],
+            "ratio": ratio["median"],
+            "quartiles": [ratio["quartile_1"], ratio["quartile_3"]],
             "robust": robust[name],
-            "seconds": statistics.median(seconds[name]),
+            "seconds": turns.medians(measured, name)["cpu"],
         }
     return found
 
 
 def table(title: str, found: dict[str, dict[str, object]], n: int) -> str:
     """One comparison as a Markdown table."""
-    base = next(iter(found))
-    lines = [f"\n{title}\n", f"| | time / {base} (quartiles) | robust of {n} |", "|---|:-:|--:|"]
+    rows = []
     for name, row in found.items():
         low, high = row["quartiles"]
-        robust = "" if name == "floor" else row["robust"]
-        lines.append(f"| {name} | **{row['ratio']:.3f}** ({low:.3f}-{high:.3f}) | {robust} |")
-    return "\n".join(lines)
+        robust = "" if name == "floor" else str(row["robust"])
+        rows.append([name, f"**{row['ratio']:.3f}** ({low:.3f}-{high:.3f})", robust])
+    header = ["", f"time / {next(iter(found))} (quartiles)", f"robust of {n}"]
+    return f"\n{title}\n\n{turns.table(header, rows)}"
 
 
 def digits(images: int) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
@@ -257,30 +250,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {}
     for title, (net, contenders) in comparisons.items():
         rounds = args.rounds if "APGD-T" not in title else max(1, args.rounds // 5)
-        found[title] = take_turns(contenders, net, x, y, rounds, title)
+        found[title] = compare(contenders, net, x, y, rounds, title)
         print(table(title, found[title], len(x)), flush=True)
 
-    packages = ("torch", "torchattacks", "foolbox", "pyautoattack")
-    present = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     report = {
-        "command": shlex.join(["python", "benchmarks/attack_cost.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": turns.command("attack_cost", argv),
         "model": args.model,
         "input": list(x.shape),
         "rounds": args.rounds,
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {
-            "gradreg": gradreg.__version__,
-            "python": platform.python_version(),
-            **{name: present.get(name, "not installed") for name in packages},
-        },
+        "machine": turns.machine(torch.device("cpu")),
+        "versions": turns.versions("torchattacks", "foolbox", "pyautoattack"),
         "comparisons": found,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{args.model}.json").write_text(json.dumps(report, indent=2) + "\n")
+    turns.write(report, args.output / f"{args.model}.json")
 
 
 if __name__ == "__main__":

@@ -1,205 +1,350 @@
 """Cost of one training step of every method, as a multiple of a natural step.
 
-    python benchmarks/step_cost.py
-    python benchmarks/step_cost.py --model resnet18
+    python benchmarks/step_cost.py --threads 1
+    python benchmarks/step_cost.py --threads 1 --model resnet18 --rounds 10
+    python benchmarks/step_cost.py --device cuda --model swin_b --batch-size 64 --dtype bfloat16 --compile
 
 All methods run in one process and take turns; README.md beside this file says how to read the table.
 """
 
-import argparse
 import copy
-import itertools
-import json
-import platform
-import random
-import shlex
-import statistics
-import sys
-import time
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gradreg
 from gradreg import (
     NFGSM,
     Attack,
+    Differentiation,
+    EdgeAlignmentPenalty,
     FiniteDifference,
     GradNormPenalty,
     Linf,
     PenalizedLoss,
     PGDAttack,
+    Schedule,
     Term,
+    every,
     grad_norm,
     input_gradient,
+    sampled_class,
     smoothify,
 )
 
+import passes
+import turns
+
 EPS = 4 / 255
 CRITERION = nn.CrossEntropyLoss(reduction="none")
-TERMS = {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=1.2)}
 
-Total = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Total = Callable[[nn.Module, Tensor, Tensor, int], Tensor]  # of model, images, labels and the number of the step
 
 
-def natural(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def natural(model: nn.Module, x: Tensor, y: Tensor, t: int = 0) -> Tensor:
     """The loss alone."""
     return CRITERION(model(x), y).mean()
 
 
-def explicit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def explicit(model: nn.Module, x: Tensor, y: Tensor, t: int) -> Tensor:
     """GradNorm written by hand."""
     x = x.detach().requires_grad_()
     losses = CRITERION(model(x), y)
     return 0.8 * losses.mean() + 1.2 * grad_norm(input_gradient(losses, x), Linf(EPS)).mean()
 
 
-def penalized(objective: PenalizedLoss) -> Total:
+def penalized(
+    differentiation: Differentiation | None = None,
+    *,
+    weight: float | Schedule = 1.2,
+    fraction: float = 1.0,
+    noise: Linf | None = None,
+) -> Total:
     """GradNorm by the object."""
-    return lambda model, x, y: objective(model, x, y).total
+    terms = {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=weight)}
+    objective = PenalizedLoss(
+        CRITERION, terms, loss_weight=0.8, differentiation=differentiation, fraction=fraction, noise=noise
+    )
+    return lambda model, x, y, t: objective(model, x, y, t).total
+
+
+def edge_alignment() -> Total:
+    """The thesis's edge term on the logit of a sampled class."""
+    terms = {"edges": Term(EdgeAlignmentPenalty(), weight=0.5, of=sampled_class(0.5))}
+    objective = PenalizedLoss(CRITERION, terms)
+    return lambda model, x, y, t: objective(model, x, y, t).total
 
 
 def adversarial(attack: Attack) -> Total:
-    """The loss of attacked images."""
-    return lambda model, x, y: natural(model, attack(model, x, y), y)
+    """The loss of attacked images; the attack asks for input gradients alone."""
+
+    def total(model: nn.Module, x: Tensor, y: Tensor, t: int) -> Tensor:
+        # A compiled backward pass builds the gradients of all that requires one, asked for or not.
+        frozen = list(model.parameters()) if isinstance(model, OptimizedModule) else []
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        x_adv = attack(model, x, y)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        return natural(model, x_adv, y)
+
+    return total
 
 
-# Each method with its floor: how many forward passes its arithmetic is worth (README.md).
-METHODS: dict[str, tuple[Total, int]] = {
-    "natural": (natural, 3),
-    "GradNorm, explicit loop": (explicit, 6),
-    "GradNorm, PenalizedLoss": (penalized(PenalizedLoss(CRITERION, TERMS, loss_weight=0.8)), 6),
-    "GradNorm, FiniteDifference": (
-        penalized(PenalizedLoss(CRITERION, TERMS, loss_weight=0.8, differentiation=FiniteDifference())),
-        7,
-    ),
-    "N-FGSM": (adversarial(NFGSM(Linf(EPS))), 5),
-    "PGD-1": (adversarial(PGDAttack(Linf(EPS), steps=1, step_size=EPS, best=False)), 5),
-    "PGD-3": (adversarial(PGDAttack(Linf(EPS), steps=3, step_size=2 * EPS / 3, best=False)), 9),
+def published_pgd(steps: int) -> Total:
+    """Adversarial training as it is published: the attack calls backward(), which builds parameter gradients too."""
+
+    def total(model: nn.Module, x: Tensor, y: Tensor, t: int) -> Tensor:
+        delta = torch.empty_like(x).uniform_(-EPS, EPS)
+        for _ in range(steps):
+            x_adv = (x + delta).clamp(0, 1).detach().requires_grad_()
+            natural(model, x_adv, y).backward()
+            delta = (delta + 2 * EPS / steps * x_adv.grad.sign()).clamp(-EPS, EPS)
+        model.zero_grad()
+        return natural(model, (x + delta).clamp(0, 1), y)
+
+    return total
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        total: What is differentiated.
+        floor: How many forward passes the arithmetic of a step is worth (README.md).
+        steps: After how many steps the method begins anew: its cost is their mean.
+        parts: In how many parts the batch is taken, one after the other, their gradients added up.
+        double: Whether it differentiates twice, as fused attention and a model compiled on its own cannot.
+        compiled: Whether ``--compile`` measures it too.
+    """
+
+    total: Total
+    floor: float
+    steps: int = 1
+    parts: int = 1
+    double: bool = False
+    compiled: bool = False
+
+
+exact = functools.partial(Method, double=True)
+differences = functools.partial(FiniteDifference, 0.25)
+noisy = functools.partial(penalized, FiniteDifference(1.0, one_pass=True), noise=Linf(EPS))
+
+METHODS: dict[str, Method] = {
+    "natural": Method(natural, 3, compiled=True),
+    "GradNorm, explicit loop": exact(explicit, 6),
+    "GradNorm, PenalizedLoss": exact(penalized(), 6, compiled=True),
+    "GradNorm, half of the batch": exact(penalized(fraction=0.5), 3 + 3 / 2),
+    "GradNorm, quarter of the batch": exact(penalized(fraction=0.25), 3 + 3 / 4),
+    "GradNorm, every 2nd step": exact(penalized(weight=every(2, 1.2)), 3 + 3 / 2, steps=2),
+    "GradNorm, every 4th step": exact(penalized(weight=every(4, 1.2)), 3 + 3 / 4, steps=4),
+    "differences, three passes": Method(penalized(differences()), 7),
+    "differences, one pass": Method(penalized(differences(one_pass=True)), 6, compiled=True),
+    "differences, central": Method(penalized(differences(scheme="central")), 10),
+    "differences, central, one pass": Method(penalized(differences(scheme="central", one_pass=True)), 9),
+    "differences, one pass, half": Method(penalized(differences(one_pass=True), fraction=0.5), 3 + 3 / 2),
+    "differences, one pass, quarter": Method(penalized(differences(one_pass=True), fraction=0.25), 3 + 3 / 4),
+    "noisy differences, one pass, half": Method(noisy(fraction=0.5), 3 + 3 / 2, compiled=True),
+    "noisy differences, one pass, quarter": Method(noisy(fraction=0.25), 3 + 3 / 4, compiled=True),
+    "edge alignment": exact(edge_alignment(), 6),
+    "N-FGSM": Method(adversarial(NFGSM(Linf(EPS))), 5, compiled=True),
+    "PGD-1": Method(adversarial(PGDAttack(Linf(EPS), steps=1, step_size=EPS, best=False)), 5),
+    "PGD-3": Method(adversarial(PGDAttack(Linf(EPS), steps=3, step_size=2 * EPS / 3, best=False)), 9, compiled=True),
+    "PGD-1, parameter gradients too": Method(published_pgd(1), 6),
+    "PGD-3, parameter gradients too": Method(published_pgd(3), 12),
 }
 
 
-def convnet() -> tuple[nn.Module, Tensor]:
-    """A small GELU network and a batch of 128 images of 28x28 pixels."""
-    model = nn.Sequential(
+def convnet() -> nn.Module:
+    """A small GELU network for gray images of 28x28 pixels."""
+    return nn.Sequential(
         *(nn.Conv2d(1, 16, kernel_size=4, stride=2, padding=1), nn.GELU()),
         *(nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1), nn.GELU()),
         *(nn.Conv2d(32, 64, kernel_size=3, stride=2, padding=1), nn.GELU()),
         *(nn.Flatten(), nn.Linear(64 * 4 * 4, 100), nn.GELU()),
         nn.Linear(100, 10),
     )
-    return model, torch.rand(128, 1, 28, 28)
 
 
-def resnet18() -> tuple[nn.Module, Tensor]:
-    """A GELU ResNet-18 in evaluation mode, as the thesis trains it, and a batch of 16 images of 64x64 pixels."""
+def resnet(name: str) -> nn.Module:
+    """A ResNet of torchvision, GELU in the place of ReLU."""
     import torchvision
 
-    model = smoothify(torchvision.models.resnet18(num_classes=10), act="gelu")
-    return model.eval(), torch.rand(16, 3, 64, 64)
+    return smoothify(torchvision.models.get_model(name, num_classes=10), act="gelu")
 
 
-MODELS = {"convnet": convnet, "resnet18": resnet18}
+def transformer(name: str, **options: object) -> nn.Module:
+    """A network of timm whose activations are GELU."""
+    import timm
+
+    return timm.create_model(name, num_classes=10, **options)
 
 
-def rounds_of(model: nn.Module, x: Tensor, y: Tensor, rounds: int, seed: int) -> list[dict[str, dict[str, float]]]:
-    """Seconds of one step of every method in each round, by clock.
+# Each with the shape of its images and the size of a batch that a CPU can do.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], int]] = {
+    "convnet": (convnet, (1, 28, 28), 128),
+    "resnet18": (lambda: resnet("resnet18"), (3, 64, 64), 16),
+    "resnet50": (lambda: resnet("resnet50"), (3, 64, 64), 8),
+    "vit_tiny": (lambda: transformer("vit_tiny_patch16_224"), (3, 224, 224), 4),
+    "swin_tiny": (lambda: transformer("swin_tiny_patch4_window7_224"), (3, 224, 224), 4),
+    "swin_b": (lambda: transformer("swin_base_patch4_window7_224"), (3, 224, 224), 4),
+}
 
-    Every method has its own copy of the model, and a learning rate of 0, so that all rounds do the same work.
+
+def batch_of(name: str, batch_size: int | None, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model with random weights in evaluation mode, as the thesis trains its ResNets, and a batch of noise."""
+    make, shape, default = MODELS[name]
+    x = torch.rand(batch_size or default, *shape)
+    return make().eval().to(device), x.to(device), (torch.arange(len(x)) % 10).to(device)
+
+
+def frozen_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with a learning rate of 0, so that every round does the same work."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0)
+
+
+def turn_of(
+    method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, dtype: str
+) -> turns.Turn:
+    """A round of a method."""
+    fused = any(getattr(module, "fused_attn", False) for module in model.modules())
+    attention = functools.partial(sdpa_kernel, SDPBackend.MATH) if method.double and fused else nullcontext
+    autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def run() -> None:
+        for t in range(method.steps):
+            optimizer.zero_grad()
+            for part_x, part_y in zip(x.chunk(method.parts), y.chunk(method.parts), strict=True):
+                with attention(), autocast():
+                    total = method.total(model, part_x, part_y, t)
+                (total * (len(part_x) / len(x))).backward()
+            optimizer.step()
+
+    return turns.Turn(run, method.steps, list(model.parameters()))
+
+
+def turns_of(model: nn.Module, x: Tensor, y: Tensor, dtype: str, backend: str | None) -> dict[str, turns.Turn]:
+    """A round of every method, and of those that are to be compiled: docs/double-backward.md has the forms that work.
+
+    All share one copy of the model, whose weights do not change.
     """
-    models = {name: copy.deepcopy(model) for name in METHODS}
-    optimizers = {name: torch.optim.AdamW(models[name].parameters(), lr=0.0) for name in METHODS}
-    shuffled = random.Random(seed)
-    measured = []
-    for index in tqdm(range(rounds + 3), desc=f"repeat {seed + 1}", unit="round"):
-        seconds: dict[str, dict[str, float]] = {"cpu": {}, "wall": {}}
-        # In a random order no method always inherits the caches and the free memory of the same other one.
-        for name in shuffled.sample(list(METHODS), len(METHODS)):
-            total, _ = METHODS[name]
-            cpu, wall = time.process_time(), time.perf_counter()
-            optimizers[name].zero_grad()
-            total(models[name], x, y).backward()
-            optimizers[name].step()
-            seconds["cpu"][name], seconds["wall"][name] = time.process_time() - cpu, time.perf_counter() - wall
-        if index >= 3:  # the first rounds warm up
-            measured.append(seconds)
-    return measured
-
-
-def ratios(repeats: list[list[dict[str, dict[str, float]]]], name: str, base: str) -> dict[str, dict[str, object]]:
-    """Ratios of two methods within each round, by clock: quartiles over all rounds, and the median of each repeat."""
-    found: dict[str, dict[str, object]] = {}
-    for clock in ("cpu", "wall"):
-        of_repeats = [[seconds[clock][name] / seconds[clock][base] for seconds in repeat] for repeat in repeats]
-        quartiles = statistics.quantiles(list(itertools.chain(*of_repeats)), n=4, method="inclusive")
-        found[clock] = {
-            **dict(zip(("quartile_1", "median", "quartile_3"), quartiles, strict=True)),
-            "median_of_repeats": [statistics.median(of_repeat) for of_repeat in of_repeats],
-        }
+    model = copy.deepcopy(model)
+    optimizer = frozen_optimizer(model)
+    found = {name: turn_of(method, model, optimizer, x, y, dtype) for name, method in METHODS.items()}
+    if backend is None:
+        return found
+    torch.compiler.reset()
+    compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    alone = compile(model)
+    for name, method in METHODS.items():
+        if method.compiled and method.double:  # the whole step, which inlines the model
+            whole = dataclasses.replace(method, total=compile(method.total))
+            found[f"{name}, compiled"] = turn_of(whole, model, optimizer, x, y, dtype)
+        elif method.compiled:
+            found[f"{name}, compiled"] = turn_of(method, alone, optimizer, x, y, dtype)
     return found
 
 
-def row(name: str, found: dict[str, dict[str, object]], floor: float) -> str:
-    """A line of the table."""
-    cells = [name, f"{floor:.2f}"]
-    for clock in ("cpu", "wall"):
-        low, median, high = (found[clock][key] for key in ("quartile_1", "median", "quartile_3"))
-        of_repeats = found[clock]["median_of_repeats"]
-        cells += [f"**{median:.3f}** ({low:.2f}-{high:.2f})", f"{min(of_repeats):.3f}-{max(of_repeats):.3f}"]
-    return f"| {' | '.join(cells)} |"
+def count(method: Method, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Passes of an eager step in float32 by kind, and floating-point operations, for each image."""
+
+    def run(probe: nn.Module) -> None:
+        turn_of(method, probe, frozen_optimizer(probe), x, y, "float32").run()
+
+    return passes.count(copy.deepcopy(model), run, method.steps * len(x))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = turns.parser_of(__doc__, output="results/step_cost", rounds=100, warm_up=3)
     parser.add_argument("--model", choices=MODELS, default="convnet")
-    parser.add_argument("--rounds", type=int, default=100, help="of each repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="each with fresh copies of the model")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
-    parser.add_argument("--output", type=Path, default=Path("results/step_cost"), help="folder to write into")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="compiled forms too")
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    device = turns.prepare(parser, args)
+    if args.compile and args.warm_up < 1:
+        parser.error("--warm-up is at least 1 with --compile, which happens in the first round")
 
-    torch.manual_seed(0)
-    model, x = MODELS[args.model]()
-    y = torch.randint(10, (len(x),))
-    repeats = [rounds_of(model, x, y, args.rounds, seed) for seed in range(args.repeats)]
-    to_natural = {name: ratios(repeats, name, "natural") for name in METHODS}
-    to_explicit = ratios(repeats, "GradNorm, PenalizedLoss", "GradNorm, explicit loop")
-    milliseconds = {
-        clock: 1e3 * statistics.median(seconds[clock]["natural"] for repeat in repeats for seconds in repeat)
-        for clock in ("cpu", "wall")
-    }
+    model, x, y = batch_of(args.model, args.batch_size, device)
+    # Four images are enough to count with: halves and quarters of them are whole.
+    counts = {name: count(method, model, x[:4], y[:4]) for name, method in METHODS.items()}
+    repeats = []
+    for seed in range(args.repeats):
+        contenders = turns_of(model, x, y, args.dtype, args.compile)
+        title = f"{args.model}, repeat {seed + 1}"
+        repeats.append(
+            turns.take_turns(contenders, args.rounds, warm_up=args.warm_up, seed=seed, device=device, title=title)
+        )
+    compiled = {name: name.removesuffix(", compiled") for name in contenders if name not in METHODS}
     report = {
-        "command": shlex.join(["python", "benchmarks/step_cost.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": turns.command("step_cost", argv),
         "model": args.model,
         "input": list(x.shape),
+        "dtype": args.dtype,
         "rounds": args.rounds,
         "repeats": args.repeats,
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
+        "machine": turns.machine(device),
+        "versions": turns.versions("torchvision", "timm"),
+        "floor": {name: method.floor / 3 for name, method in METHODS.items()},
+        "counted": {
+            name: {**of_step, "flops_of_natural": of_step["flops"] / counts["natural"]["flops"]}
+            for name, of_step in counts.items()
         },
-        "versions": {"gradreg": gradreg.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "natural_milliseconds": milliseconds,
-        "floor": {name: floor / 3 for name, (_, floor) in METHODS.items()},
-        "ratio_to_natural": to_natural,
-        "object_to_explicit": to_explicit,
+        "gradient_error_of_compiled": {
+            name: turns.gradient_error(contenders[name], contenders[eager]) for name, eager in compiled.items()
+        },
+        "seconds": {name: turns.medians(repeats, name) for name in contenders},
+        "ratio_to_natural": {name: turns.ratios(repeats, name, "natural") for name in contenders},
+        "ratio_to_compiled_natural": {name: turns.ratios(repeats, name, "natural, compiled") for name in compiled},
+        "object_to_explicit": turns.ratios(repeats, "GradNorm, PenalizedLoss", "GradNorm, explicit loop"),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{args.model}.json").write_text(json.dumps(report, indent=2) + "\n")
+    stem = turns.stem(args.model, args.dtype, device)
+    turns.write(report, args.output / f"{stem}.json")
+    print(table_of(report))
+    picture(report, args.output / f"{stem}.png")
 
-    print("| step | floor | CPU time: median (quartiles) | repeats | wall time: median (quartiles) | repeats |")
-    print("|---|--:|:-:|:-:|:-:|:-:|")
-    for name, (_, floor) in METHODS.items():
-        print(row(name, to_natural[name], floor / 3))
-    print(row("*PenalizedLoss / explicit loop*", to_explicit, 1.0))
-    print(f"\nNatural step: {milliseconds['cpu']:.1f} ms CPU, {milliseconds['wall']:.1f} ms wall; {report['machine']}")
+
+def table_of(report: dict) -> str:
+    """The report as a Markdown table."""
+    clocks = list(report["object_to_explicit"])
+    header = ["step", "forward / to inputs / to weights / second", "passes", "FLOPs", "floor", "seconds"]
+    header += [title for clock in clocks for title in (f"{clock} time: median (quartiles)", "repeats")]
+
+    def row(name: str, ratios: dict, eager: str | None = None) -> list[str]:
+        cells = [""] * 4
+        if eager is not None:
+            counted = report["counted"][eager]
+            kinds = [counted[kind] for kind in passes.KINDS]
+            numbers = (f"{sum(kinds):g}", f"{counted['flops_of_natural']:.2f}", f"{report['floor'][eager]:.2f}")
+            cells = [" / ".join(f"{kind:g}" for kind in kinds), *numbers]
+        seconds = report["seconds"][name][clocks[0]] if name in report["seconds"] else None
+        cells.append("" if seconds is None else f"{seconds:.4f}")
+        return [name, *cells, *[cell for clock in clocks for cell in turns.spread(ratios[clock])]]
+
+    rows = [row(name, found, name if name in METHODS else None) for name, found in report["ratio_to_natural"].items()]
+    rows.append(row("*PenalizedLoss / explicit loop*", report["object_to_explicit"]))
+    for name, found in report["ratio_to_compiled_natural"].items():
+        rows.append(row(f"*{name} / natural, compiled*", found))
+    return f"{turns.table(header, rows)}\n\n{report['machine']}"
+
+
+def picture(report: dict, path: Path) -> None:
+    """The ratios of the first clock, eager and compiled, and the floors."""
+    clock = next(iter(report["object_to_explicit"]))
+    series: dict[str, dict] = {"eager": {}, "compiled": {}}
+    for name, found in report["ratio_to_natural"].items():
+        eager = name.removesuffix(", compiled")
+        series["eager" if eager == name else "compiled"][eager] = found[clock]
+    series = {kind: values for kind, values in series.items() if values}
+    label = f"{clock} time / natural step, median and quartiles ({report['model']}, {report['dtype']})"
+    turns.plot(series, report["floor"], label, path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -69,28 +71,148 @@ def test_quickstart_splits_share_no_image(quickstart: ModuleType) -> None:
     assert set(validation_labels.tolist()) == set(test_labels.tolist()) == set(range(10))
 
 
-def test_step_cost_measures_every_method(
+def test_step_cost_counts_and_measures_every_method(
     step_cost: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step_cost.main(["--rounds", "2", "--repeats", "2", "--output", str(tmp_path)])
+    tiny = ["--rounds", "2", "--repeats", "2", "--batch-size", "8", "--warm-up", "0"]
+    step_cost.main([*tiny, "--output", str(tmp_path)])
 
     report = json.loads((tmp_path / "convnet.json").read_text())
-    assert list(report["ratio_to_natural"]) == list(report["floor"]) == list(step_cost.METHODS)
-    assert report["ratio_to_natural"]["natural"]["cpu"]["median"] == 1
+    assert list(report["ratio_to_natural"]) == list(report["counted"]) == list(step_cost.METHODS)
+    assert report["command"].startswith("python benchmarks/step_cost.py --rounds 2")
+    assert report["machine"]["cpu"]
+    assert report["input"] == [8, 1, 28, 28]
+    for name, counted in report["counted"].items():  # what was counted is what the table says
+        assert sum(counted[kind] for kind in step_cost.passes.KINDS) == step_cost.METHODS[name].floor, name
+        # A backward pass to the input crosses the first layer, a natural one does not.
+        assert report["floor"][name] <= counted["flops_of_natural"] <= 1.05 * report["floor"][name], name
+    for clock in ("cpu", "wall"):
+        natural = report["ratio_to_natural"]["natural"][clock]
+        assert natural["quartile_1"] == natural["median"] == natural["quartile_3"] == 1
+        assert natural["median_of_repeats"] == [1, 1]
     for clocks in [*report["ratio_to_natural"].values(), report["object_to_explicit"]]:
         for found in clocks.values():
             assert 0 < found["quartile_1"] <= found["median"] <= found["quartile_3"]
             assert len(found["median_of_repeats"]) == 2
-    assert "PenalizedLoss / explicit loop" in capsys.readouterr().out
+    assert (tmp_path / "convnet.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| edge alignment | 1 / 2 / 2 / 1 | 6 |" in printed
+    assert "*PenalizedLoss / explicit loop*" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "to_inputs", "to_weights", "second"),
+    [
+        ("natural", 1, 1, 1, 0),
+        ("GradNorm, explicit loop", 1, 2, 2, 1),
+        ("GradNorm, every 4th step", 1, 1.25, 1.25, 0.25),
+        ("differences, three passes", 2, 3, 2, 0),
+        ("differences, one pass", 2, 2, 2, 0),
+        ("noisy differences, one pass, quarter", 1.25, 1.25, 1.25, 0),
+        ("PGD-3", 4, 4, 1, 0),
+        ("PGD-3, parameter gradients too", 4, 4, 4, 0),
+    ],
+)
+def test_passes_are_told_apart(
+    step_cost: ModuleType, name: str, forward: float, to_inputs: float, to_weights: float, second: float
+) -> None:
+    model, x, y = step_cost.batch_of("convnet", 8, step_cost.torch.device("cpu"))
+    counted = step_cost.count(step_cost.METHODS[name], model, x, y)
+    assert [counted[kind] for kind in step_cost.passes.KINDS] == [forward, to_inputs, to_weights, second]
+
+
+def test_counting_leaves_the_logits_as_they_are(step_cost: ModuleType) -> None:
+    model, x, _ = step_cost.batch_of("convnet", 8, step_cost.torch.device("cpu"))
+    step_cost.torch.testing.assert_close(step_cost.passes.Probe(model)(x), model(x))
 
 
 def test_step_cost_times_the_same_objective_by_hand_and_by_object(step_cost: ModuleType) -> None:
-    model, x = step_cost.convnet()
-    y = step_cost.torch.arange(len(x)) % 10
-    by_hand, _ = step_cost.METHODS["GradNorm, explicit loop"]
-    by_object, _ = step_cost.METHODS["GradNorm, PenalizedLoss"]
+    model, x, y = step_cost.batch_of("convnet", 8, step_cost.torch.device("cpu"))
+    by_hand, by_object = (step_cost.METHODS[f"GradNorm, {how}"].total for how in ("explicit loop", "PenalizedLoss"))
 
-    step_cost.torch.testing.assert_close(by_hand(model, x, y), by_object(model, x, y))
+    step_cost.torch.testing.assert_close(by_hand(model, x, y, 0), by_object(model, x, y, 0))
+
+
+def test_step_cost_compiles_the_same_gradients(tmp_path: Path) -> None:
+    """In a process of its own: Dynamo cannot trace the run-time checks of annotations of these tests."""
+    script = str(ROOT / "benchmarks" / "step_cost.py")
+    arguments = ["--rounds", "1", "--warm-up", "1", "--repeats", "1", "--batch-size", "4", "--compile", "aot_eager"]
+    subprocess.run([sys.executable, script, *arguments, "--output", str(tmp_path)], check=True, capture_output=True)
+
+    report = json.loads((tmp_path / "convnet.json").read_text())
+    assert {"natural, compiled", "GradNorm, PenalizedLoss, compiled"} <= set(report["ratio_to_compiled_natural"])
+    assert report["ratio_to_compiled_natural"]["natural, compiled"]["cpu"]["median"] == 1
+    assert all(error < 1e-5 for error in report["gradient_error_of_compiled"].values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--batch-size", "6"],
+        ["--batch-size", "0"],
+        ["--dtype", "tf32"],
+        ["--rounds", "0"],
+        ["--warm-up", "0", "--compile"],
+    ],
+    ids=" ".join,
+)
+def test_step_cost_says_what_is_wrong(
+    step_cost: ModuleType, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        step_cost.main(wrong)
+    assert f"error: {wrong[0]}" in capsys.readouterr().err
+
+
+def test_memory_measures_peaks_and_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = load("benchmarks/memory.py")
+    tiny = ["--rounds", "1", "--repeats", "1", "--batch-size", "64", "--warm-up", "0"]
+    memory.main([*tiny, "--output", str(tmp_path)])
+
+    report = json.loads((tmp_path / "convnet.json").read_text())
+    steps = report["steps"]
+    assert list(steps) == list(memory.CONTENDERS)
+    assert steps["natural"]["peak_ratio"] == 1
+    compared = {name: row["gradient_error"] for name, row in steps.items() if "gradient_error" in row}
+    assert {"exact, 2 parts", "exact, 8 parts", "exact, checkpointed", "differences, one pass"} <= set(compared)
+    assert all(error < 1e-5 for error in compared.values())
+    parts = [steps[name]["peak_bytes"] for name in ("exact", "exact, 2 parts", "exact, 4 parts", "exact, 8 parts")]
+    assert parts == sorted(parts, reverse=True)
+    assert all(row["peak_bytes"] > report["gradients_bytes"] for row in steps.values())
+    reached = [name for name in steps if name.endswith("parts") and steps[name]["peak_ratio"] <= report["target"]]
+    assert reached[0] == f"exact, {report['parts_that_reach_it']} parts"
+    assert "| natural | " in capsys.readouterr().out
+    assert (tmp_path / "convnet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peak_is_of_what_lives_at_the_same_time(step_cost: ModuleType) -> None:
+    torch, peak_bytes = step_cost.torch, step_cost.turns.peak_bytes
+
+    def run() -> None:
+        first = torch.zeros(3000)
+        del first
+        both = torch.zeros(2000), torch.zeros(4000)
+        del both
+        torch.zeros(5000)
+
+    assert peak_bytes(run, torch.device("cpu")) == 4 * (2000 + 4000)
+
+
+def test_attention_compares_fused_with_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attention = load("benchmarks/attention.py")
+    tiny = ["--rounds", "1", "--repeats", "1", "--warm-up", "0", "--tokens", "16", "--depth", "1"]
+    attention.main([*tiny, "--output", str(tmp_path)])
+
+    report = json.loads((tmp_path / "vit_tiny_patch16_224.json").read_text())
+    assert list(report["tokens"]) == ["16"]
+    for rows in report["tokens"].values():
+        assert list(rows) == list(attention.CONTENDERS)
+        assert rows["natural, fused"]["peak_ratio"] == rows["natural, fused"]["time_ratio"]["cpu"]["median"] == 1
+        assert rows["natural, unfused"]["gradient_error"] < 1e-5
+        assert rows["exact, unfused"]["gradient_error"] < 1e-5
+        assert rows["exact, math attention"]["peak_ratio"] > 1
+    assert "16 tokens, batch 4" in capsys.readouterr().out
+    assert (tmp_path / "vit_tiny_patch16_224.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
