@@ -56,6 +56,11 @@ def is_first_meeting(objective: nn.Module, model: object, differentiation: Diffe
     return first
 
 
+def is_eager(model: object) -> bool:
+    """Whether this is a module, and no part of it is compiled."""
+    return isinstance(model, nn.Module) and not any(map(is_compiled, model.modules()))
+
+
 def check_samples_are_apart(model: object) -> None:
     """Raise if the model gives another output for a sample when it sees a part of its batch."""
     if coupled := batch_norms(model):

@@ -1,8 +1,8 @@
 """The training objective: the loss that the user already has, plus penalties on input gradients."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -18,7 +18,7 @@ from gradreg.normalization import Normalize
 from gradreg.penalties import GradNormPenalty
 from gradreg.schedules import Schedule
 from gradreg.scoring import EagerForward, Forward, Model, SplitForward, TransformedForward, drawn
-from gradreg.second_derivatives import SecondDerivatives
+from gradreg.second_derivatives import FirstDerivatives, SecondDerivatives
 from gradreg.selectors import ClassSelector
 from gradreg.threat_models import Linf, ThreatModel
 
@@ -236,7 +236,7 @@ class PenalizedLoss(nn.Module):
                 replay=penalised and self.differentiation.looks_elsewhere,
                 one_pass=penalised and self._one_pass,
                 look=look,
-                around=SecondDerivatives if penalised and self._is_fused() else nullcontext,
+                around=self._around(model, x) if penalised else nullcontext,
             )
 
         if active and drawn(len(x), self.fraction) < len(x):
@@ -272,8 +272,12 @@ class PenalizedLoss(nn.Module):
         settings = ("terms", "loss_weight", "differentiation", "noise", "fraction")
         return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
 
-    def _is_fused(self) -> bool:
-        return isinstance(self.differentiation, DoubleBackward) and self.differentiation.fused
+    def _around(self, model: Model, x: Tensor) -> Callable[[Tensor], AbstractContextManager[object]]:
+        """What the model runs within, while its input gradient is to be taken."""
+        if isinstance(self.differentiation, DoubleBackward):
+            return SecondDerivatives if self.differentiation.fused else nullcontext
+        # A compiled model would be compiled once more for it; and it is on a CPU that there is something to gain.
+        return FirstDerivatives if x.device.type == "cpu" and model_checks.is_eager(model) else nullcontext
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)

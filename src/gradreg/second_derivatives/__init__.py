@@ -7,8 +7,9 @@ kernels. While :class:`SecondDerivatives` is entered, calls of these layers comp
 functions whose second derivatives are written out: those of :mod:`affine <gradreg.second_derivatives.affine>` layers,
 :mod:`activations <gradreg.second_derivatives.activations>` and
 :mod:`LayerNorm <gradreg.second_derivatives.layer_norm>`. Third derivatives are right too, and take PyTorch's way.
+:class:`FirstDerivatives` has the one first derivative that is slow, that of a convolution of an image on a CPU.
 """
 
-from gradreg.second_derivatives.calls import SecondDerivatives
+from gradreg.second_derivatives.calls import FirstDerivatives, SecondDerivatives
 
-__all__ = ["SecondDerivatives"]
+__all__ = ["FirstDerivatives", "SecondDerivatives"]

@@ -10,7 +10,7 @@ differentiated again, a tensor v of the shape of x, goes on by the layer's own k
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -56,22 +56,29 @@ class Convolution(AffineLayer):
     dilation: tuple[int, int]
     groups: int
 
+    FEW_CHANNELS: ClassVar[int] = 4
+
     def value(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor) -> Tensor:
         return torch.conv2d(x, cast("Tensor", weight), bias, self.stride, self.padding, self.dilation, self.groups)
 
     def gradients(
         self, output_gradient: Tensor, x: Tensor, weight: Tensor | None, mask: Mask, *statistics: Tensor
     ) -> Gradients:
-        if mask == (True, False, False) and x.device.type == "cpu" and self._has_phases(cast("Tensor", weight)):
-            return self._input_gradient_by_phases(output_gradient, x, cast("Tensor", weight)), None, None
-        sizes = [output_gradient.shape[1]]
-        geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
-        return _aten.convolution_backward(output_gradient, x, weight, sizes, *geometry, mask)
+        to_x = None
+        if mask[0] and self.has_phases(x, cast("Tensor", weight)):
+            to_x = self._input_gradient_by_phases(output_gradient, x, cast("Tensor", weight))
+            mask = (False, *mask[1:])
+        found: Gradients = (None, None, None)
+        if any(mask):
+            sizes = [output_gradient.shape[1]]
+            geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
+            found = _aten.convolution_backward(output_gradient, x, weight, sizes, *geometry, mask)
+        return found[0] if to_x is None else to_x, *found[1:]
 
-    def _has_phases(self, weight: Tensor) -> bool:
-        """Whether :meth:`_input_gradient_by_phases` pays: for a stem, of one or three channels, that has a stride."""
-        strided = self.stride[0] > 1 and self.stride[1] > 1
-        return strided and self.groups == 1 and self.dilation == (1, 1) and weight.shape[1] <= 4
+    def has_phases(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the input gradient is faster by phases: on a CPU, that of a stem of few channels, with a stride."""
+        strided = self.stride[0] > 1 and self.stride[1] > 1 and self.dilation == (1, 1)
+        return strided and self.groups == 1 and weight.shape[1] <= self.FEW_CHANNELS and x.device.type == "cpu"
 
     def _input_gradient_by_phases(self, output_gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The input gradient by a convolution without stride, for which oneDNN's own needs two to four times as long.

@@ -22,11 +22,11 @@ _FEW = 16  # operations between the input and a first layer
 # products of a convolution, that is more than it saves (measured on a CPU: `docs/double-backward.md`).
 _LEAST_ELEMENTS = 2**16
 _LEAST_PRODUCTS = 2**22
+_LEAST_PRODUCTS_OF_A_STEM = 2**19
 
 
-@final
-class SecondDerivatives(TorchFunctionMode):
-    """While it is entered, calls of the layers named below are differentiated twice by the functions of this package.
+class ExchangedCalls(TorchFunctionMode):
+    """While it is entered, calls of some layers are those of functions of this package.
 
     Calls that it does not know or that are too small to gain, and tensors that are more than tensors (sharded ones,
     say), are left to PyTorch; so is what runs inside transforms, compiled regions, or under hooks on saved tensors:
@@ -34,11 +34,13 @@ class SecondDerivatives(TorchFunctionMode):
 
     Args:
         leaf: The tensor whose gradient is taken, which nobody else has.
+        exchanged: For a function of PyTorch, the one that is called in its place, with the leaf before its arguments.
     """
 
-    def __init__(self, leaf: Tensor) -> None:
+    def __init__(self, leaf: Tensor, exchanged: Mapping[Callable[..., Any], Callable[..., Tensor | None]]) -> None:
         super().__init__()
         self._leaf = leaf
+        self._exchanged = exchanged
 
     def __torch_function__(
         self,
@@ -48,12 +50,28 @@ class SecondDerivatives(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        call = _CALLS.get(func)
+        call = self._exchanged.get(func)
         if call is not None:
             result = call(self._leaf, *args, **kwargs)
             if result is not None:
                 return result
         return func(*args, **kwargs)
+
+
+@final
+class SecondDerivatives(ExchangedCalls):
+    """For layers that are differentiated twice: convolutions, normalisations, GELU, SiLU, a first linear layer."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        super().__init__(leaf, _DIFFERENTIATED_TWICE)
+
+
+@final
+class FirstDerivatives(ExchangedCalls):
+    """For layers that are differentiated once: convolutions of an image, whose input gradient is slow on a CPU."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        super().__init__(leaf, {F.conv2d: _stem})
 
 
 def _may_replace() -> bool:
@@ -88,18 +106,26 @@ def _is_large(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.numel() >= _LEAST_ELEMENTS
 
 
-def _convolution_pays(x: Tensor, weight: Tensor, stride: tuple[int, int], groups: int) -> bool:
-    """Whether PyTorch's second derivative of a convolution is the slower one.
+def _convolution_pays(layer: Convolution, x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's second derivative of a convolution is the slower one, or its input gradient.
 
     It is as good for kernels of one pixel without stride, and better for large kernels in groups, for whose weight
     gradient oneDNN has no fast kernel.
     """
     outputs, _, height, width = weight.shape
-    if height * width == 1 and stride == (1, 1):
+    products = x.numel() * outputs * height * width / (layer.groups * layer.stride[0] * layer.stride[1])
+    if layer.has_phases(x, weight):
+        return products >= _LEAST_PRODUCTS_OF_A_STEM
+    if height * width == 1 and layer.stride == (1, 1):
         return False
-    if groups > 1 and height * width > 9:
+    if layer.groups > 1 and height * width > 9:
         return False
-    return x.numel() * outputs * height * width >= _LEAST_PRODUCTS * groups * stride[0] * stride[1]
+    return products >= _LEAST_PRODUCTS
+
+
+def _stem(leaf: Tensor, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    few = isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[1] <= Convolution.FEW_CHANNELS
+    return _conv2d(leaf, input, weight, *args, only_stems=True, **kwargs) if few else None
 
 
 def _accumulator(x: Tensor, leaf: Tensor) -> Node | None:
@@ -141,12 +167,16 @@ def _conv2d(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    only_stems: bool = False,
 ) -> Tensor | None:
     if padding == "same" or not isinstance(input, Tensor) or input.ndim != 4:
         return None
-    if not _convolution_pays(input, weight, _pair(stride), groups) or not _suits(input, weight, bias):
-        return None
     layer = Convolution(_pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation), groups)
+    if not _convolution_pays(layer, input, weight) or (only_stems and not layer.has_phases(input, weight)):
+        return None
+    if not _suits(input, weight, bias):
+        return None
     return Affine.apply(layer, _accumulator(input, leaf), *_under_autocast(input, weight, bias))
 
 
@@ -208,7 +238,7 @@ def _silu(leaf: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
     return Activated.apply(SiLU(), input) if not inplace and _is_large(input) and _suits(input) else None
 
 
-_CALLS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_DIFFERENTIATED_TWICE: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.batch_norm: _batch_norm,
