@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradreg import checks
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.gradients import new_nodes
-from gradreg.modes import batch_norms
+from gradreg.modes import batch_norms, dropouts
 from gradreg.smooth import find_nonsmooth
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
@@ -59,6 +59,11 @@ def is_first_meeting(objective: nn.Module, model: object, differentiation: Diffe
 def is_eager(model: object) -> bool:
     """Whether this is a module, and no part of it is compiled."""
     return isinstance(model, nn.Module) and not any(map(is_compiled, model.modules()))
+
+
+def is_without_chance(model: object) -> bool:
+    """Whether this is a module, and no part of it is seen to draw random numbers."""
+    return isinstance(model, nn.Module) and not dropouts(model)
 
 
 def check_samples_are_apart(model: object) -> None:

@@ -241,13 +241,12 @@ class PenalizedLoss(nn.Module):
 
         if active and drawn(len(x), self.fraction) < len(x):
             model_checks.check_samples_are_apart(model)
-            forward: Forward = SplitForward(forward_of, x, y, self.fraction)
+            together = self.differentiation.looks_elsewhere and model_checks.is_without_chance(model)
+            forward: Forward = SplitForward(forward_of, self.criterion, x, y, self.fraction, together=together)
         else:
             forward = forward_of(x, y, bool(active))
         if first and isinstance(self.differentiation, DoubleBackward):
             model_checks.warn_of_fused_attention(forward.logits)
-        loss = forward.losses.mean()
-        total = loss_weight * loss
         penalties: dict[str, Tensor] = {}
         for selector, group in self._names_by_score:
             names = [name for name in group if name in active]
@@ -262,7 +261,11 @@ class PenalizedLoss(nn.Module):
                         f"one number per sample, ({len(forward.x)},). Reduce it over all dimensions but the first."
                     )
                 penalties[name] = value
-                total = total + weights[name] * value.mean()
+        forward.finish()
+        loss = forward.losses.mean()
+        total = loss_weight * loss
+        for name, value in penalties.items():
+            total = total + weights[name] * value.mean()
         if self._one_pass and active and not transformed:  # what carries a gradient of its own must not be mixed
             loss, penalties = loss.detach(), {name: value.detach() for name, value in penalties.items()}
         return PenalizedOutput(total, loss, forward.logits, penalties)

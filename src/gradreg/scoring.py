@@ -55,13 +55,14 @@ class Forward(ABC):
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         """The score of these values, which are ``score_of(self.logits)``."""
 
+    def finish(self) -> None:
+        """Complete logits and losses, when no more scores are asked for."""
+        return
+
     def _read(self, logits: Tensor, *, look: bool) -> None:
         """Take over the model's output."""
-        checks.check_logits(logits)
-        checks.check_labels(logits, self.y, look=look)
         self.logits = logits
-        self.losses = self._criterion(logits, self.y)
-        check_scores(self.losses, self.x)
+        self.losses = _losses_of(logits, self.x, self.y, self._criterion, look=look)
 
 
 @final
@@ -109,6 +110,8 @@ class EagerForward(Forward):
         self._look = look
         self._leaf = self.x.detach().requires_grad_(differentiable)
         self._random_state = modes.random_state(x.device) if replay else None
+        self._waiting: Tensor | None = None
+        self._arrived: Tensor | None = None
         # The model gets a copy: its first operation may work in place, which a leaf forbids.
         start = self._leaf.clone() if differentiable else self._leaf
         with around(self._leaf):
@@ -133,12 +136,25 @@ class EagerForward(Forward):
                 )
             return grad
 
-        def at(z: Tensor) -> Tensor:
-            assert self._random_state is not None  # who asks for this has said so
-            with modes.replayed(self._random_state, z.device), modes.frozen_statistics(self._model):
-                return score_of(self._model(z))
+        return Score(self.x, values, gradient, lambda z: score_of(self._elsewhere(z)))
 
-        return Score(self.x, values, gradient, at)
+    def _elsewhere(self, z: Tensor) -> Tensor:
+        """The logits at another input, for the same random numbers, and those of samples that ride along."""
+        assert self._random_state is not None  # who asks for this has said so
+        with modes.replayed(self._random_state, z.device), modes.frozen_statistics(self._model):
+            if self._waiting is None:
+                return self._model(z)
+            logits = self._model(torch.cat([z, self._waiting]))
+        self._waiting, self._arrived = None, logits[len(z) :]
+        return logits[: len(z)]
+
+    def take_along(self, x: Tensor) -> None:
+        """Have the model see these samples, too, when it next looks at another input: one pass in the place of two."""
+        self._waiting = x
+
+    def taken_along(self) -> Tensor | None:
+        """Their logits; None if the model has not seen them."""
+        return self._arrived
 
 
 @final
@@ -186,40 +202,72 @@ class TransformedForward(Forward):
 
 @final
 class SplitForward(Forward):
-    """A forward pass whose scores are those of some samples, drawn at random; its logits and losses are those of all.
+    """A forward pass whose scores are those of some samples, drawn at random; finished, its logits are those of all.
 
     Args:
         forward: Makes a forward pass of inputs and labels; the last argument is whether scores will be asked for.
+        criterion: The per-sample loss.
         x: The inputs.
         y: The labels.
         fraction: The share of the samples to draw, above 0; at least one is drawn.
+        together: Whether the model may see the other samples beside those drawn, when it looks at these elsewhere: one
+            pass in the place of two. Not with random numbers, which are others for each sample of a pass.
     """
 
     def __init__(
-        self, forward: Callable[[Tensor, Tensor, bool], Forward], x: Tensor, y: Tensor, fraction: float
+        self,
+        forward: Callable[[Tensor, Tensor, bool], Forward],
+        criterion: Criterion,
+        x: Tensor,
+        y: Tensor,
+        fraction: float,
+        *,
+        together: bool,
     ) -> None:
         order = torch.randperm(len(x), device=x.device)
         count = drawn(len(x), fraction)
-        self._rows = order[:count]
-        others = order[count:]
-        self._part = forward(x[self._rows], y[self._rows], True)
-        rest = forward(x[others], y[others], False)
-        in_order = order.argsort()
-        self.x = self._part.x
-        self.y = self._part.y
-        self.logits = torch.cat([self._part.logits, rest.logits])[in_order]
-        self.losses = torch.cat([self._part.losses, rest.losses])[in_order]
+        rows, others = order[:count], order[count:]
+        self._criterion = criterion
+        self._part = forward(x[rows], y[rows], True)
+        self._others = x[others], y[others]
+        self._order = order
+        self._forward = forward
+        if together and isinstance(self._part, EagerForward):
+            self._part.take_along(x[others])
+        self.x, self.y = self._part.x, self._part.y
+        self.logits, self.losses = self._part.logits, self._part.losses
 
     def score(self, selector: ClassSelector | None, classes: Tensor | None = None) -> Score:
-        return self._part.score(selector, None if classes is None else classes[self._rows])
+        return self._part.score(selector, None if classes is None else classes[self._order[: len(self.x)]])
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         return self._part._score(values, score_of)
+
+    def finish(self) -> None:
+        x, y = self._others
+        arrived = self._part.taken_along() if isinstance(self._part, EagerForward) else None
+        if arrived is None:
+            rest = self._forward(x, y, False)
+            logits, losses = rest.logits, rest.losses
+        else:
+            logits, losses = arrived, _losses_of(arrived, x, y, self._criterion, look=False)
+        in_order = self._order.argsort()
+        self.logits = torch.cat([self._part.logits, logits])[in_order]
+        self.losses = torch.cat([self._part.losses, losses])[in_order]
 
 
 def drawn(count: int, fraction: float) -> int:
     """How many of so many samples are drawn."""
     return max(1, round(fraction * count))
+
+
+def _losses_of(logits: Tensor, x: Tensor, y: Tensor, criterion: Criterion, *, look: bool) -> Tensor:
+    """The loss of every sample."""
+    checks.check_logits(logits)
+    checks.check_labels(logits, y, look=look)
+    losses = criterion(logits, y)
+    check_scores(losses, x)
+    return losses
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
