@@ -117,11 +117,14 @@ METHODS: dict[str, Method] = {
     "natural": Method(),
     "edges": Method(edges(5.0)),
     "GradNorm": Method(grad_norm()),
-    "GradNorm, half of the batch": Method(grad_norm(fraction=0.5)),
     "GradNorm, every 4th step": Method(grad_norm(k=4)),
+    "GradNorm, differences, every 4th step": Method(
+        grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True))
+    ),
     "GradNorm, differences, quarter": Method(
         grad_norm(differentiation=FiniteDifference(0.25, one_pass=True), fraction=0.25)
     ),
+    "noisy differences, half, 0.6": noisy(0.6, 0.5),
     "noisy differences, half, 0.8": noisy(0.8, 0.5),
     "noisy differences, half, 1.0": noisy(1.0, 0.5),
     "noisy differences, quarter, 1.0": noisy(1.0, 0.25),
@@ -129,6 +132,7 @@ METHODS: dict[str, Method] = {
     "PGD-1": Method(attack=lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False)),
     "N-FGSM": n_fgsm(1.0, 1.0),
     "N-FGSM, 1.2 eps": n_fgsm(1.2, 1.0),
+    "PGD-3, 0.8 eps": pgd_3(0.8),
     "PGD-3": pgd_3(1.0),
     "PGD-3, 1.2 eps": pgd_3(1.2),
     "PGD-3, 1.4 eps": pgd_3(1.4),
@@ -136,6 +140,7 @@ METHODS: dict[str, Method] = {
 
 # What takes the cheap estimators apart, to be run for fewer seeds.
 ABLATIONS: dict[str, Method] = {
+    "GradNorm, half of the batch": Method(grad_norm(fraction=0.5)),
     "GradNorm, differences": Method(grad_norm(differentiation=FiniteDifference(0.25, one_pass=True))),
     "GradNorm at noise": Method(grad_norm(noise=1.0)),
     "full step without noise": Method(grad_norm(1.0, differentiation=FiniteDifference(1.0, one_pass=True))),
