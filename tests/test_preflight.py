@@ -1,6 +1,7 @@
 """preflight: its verdict is what double backward then does, its mend makes it pass, and it changes nothing."""
 
 import copy
+import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
+from gradreg.differentiation import DoubleBackward, FiniteDifference
 from gradreg.objective import PenalizedLoss, PenalizedModel, Term
 from gradreg.penalties import GradNormPenalty
 from gradreg.preflight import Finding, PreflightReport, preflight
+from gradreg.second_derivatives.calls import ExchangedCalls
 from gradreg.smooth import smoothify
 from gradreg.threat_models import Linf
 from gradreg.wrappers import is_quantized
@@ -452,6 +455,7 @@ def test_finds_no_error_where_double_backward_works(case: Works, device: str) ->
     x, y = batch(case.image, device)
     report = preflight(model, x, y)
     assert report.ok, str(report)
+    assert report.differentiation() == DoubleBackward()
     assert double_backward_works(model, x, y)
 
 
@@ -468,6 +472,30 @@ def test_names_what_fails_and_a_mend_that_works(case: Fails, device: str) -> Non
     mended = case.mend(model).to(device)
     assert preflight(mended, x, y).ok
     assert double_backward_works(mended, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore::gradreg.GradregWarning")
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("case", FAILING.values(), ids=FAILING)
+def test_offers_finite_differences_where_they_work(
+    case: Fails, one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As users have it: torch.compile, which a function may hide, cannot trace run-time checks of annotations.
+    monkeypatch.setattr(ExchangedCalls, "__torch_function__", inspect.unwrap(ExchangedCalls.__torch_function__))
+    model, (x, y) = case.build(), batch(case.image, "cpu")
+    report = preflight(model, x, y)
+    if not all("FiniteDifference()" in error.mend for error in report.errors):
+        with pytest.raises(RuntimeError, match="preflight: the exact penalty does not work"):
+            report.differentiation()
+        return
+    chosen = report.differentiation(one_pass=one_pass)
+    assert chosen == FiniteDifference(one_pass=one_pass)
+    terms = {"grad_norm": Term(GradNormPenalty(Linf(0.1)))}
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    PenalizedLoss(criterion, terms, differentiation=chosen)(model, x, y).total.backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(grad.any() for grad in grads)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,9 @@ def warn_of_fused_attention(logits: Tensor) -> None:
     if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
         checks.warn(
             "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
-            "will raise. Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), set "
-            "module.fused_attn = False in a timm model, or use differentiation=FiniteDifference(); "
-            "gradreg.preflight(model, x, y) names the modules."
+            "will raise. differentiation=FiniteDifference(one_pass=True) keeps it, and costs less than to do without: "
+            "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = False in a timm model "
+            "(docs/cost.md has both). gradreg.preflight(model, x, y) names the modules."
         )
 
 

@@ -75,7 +75,7 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, *, criterion: Criterion | 
 
     Returns:
         The report: ``report.ok`` is the verdict, ``report.findings`` say why, ``print(report)`` shows them, errors
-        first, and ``report.raise_for_errors()`` stops a script.
+        first, ``report.raise_for_errors()`` stops a script, and ``report.differentiation()`` is what works.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

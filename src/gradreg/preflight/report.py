@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, final
 
+from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
+
 Severity = Literal["error", "warning"]
 
-OR_FINITE_DIFFERENCE = "or take FiniteDifference(), which needs no second derivative"
+WITHOUT_SECOND_DERIVATIVE = "FiniteDifference(), which needs no second derivative"
+OR_FINITE_DIFFERENCE = f"or take {WITHOUT_SECOND_DERIVATIVE}"
 _NAMES_SHOWN = 4
 
 
@@ -58,6 +61,24 @@ class PreflightReport:
     def ok(self) -> bool:
         """Whether the exact penalty works and its gradient reaches the parameters."""
         return not self.errors
+
+    def differentiation(self, *, one_pass: bool = False) -> Differentiation:
+        """What to give :class:`gradreg.PenalizedLoss`: the exact gradient where it works, else finite differences.
+
+        A transformer keeps its fused attention so, and a compiled model stays compiled.
+
+        Args:
+            one_pass: As of :class:`gradreg.FiniteDifference`, for objectives whose terms are all a
+                :class:`gradreg.GradNormPenalty` of the loss.
+
+        Raises:
+            RuntimeError: If there is an error that finite differences do not spare; it holds the whole report.
+        """
+        if self.ok:
+            return DoubleBackward()
+        if not all(WITHOUT_SECOND_DERIVATIVE in finding.mend for finding in self.errors):
+            self.raise_for_errors()
+        return FiniteDifference(one_pass=one_pass)
 
     def raise_for_errors(self) -> None:
         """Raise a RuntimeError that holds the whole report, if there is an error in it."""

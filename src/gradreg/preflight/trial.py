@@ -1,5 +1,6 @@
 """The exact penalty run once on a batch, and the reason if it breaks."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from gradreg.criteria import Criterion
 from gradreg.gradients import check_scores, input_gradient, new_nodes
 from gradreg.penalties import grad_norm
 from gradreg.preflight.comparison import compare
-from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, complaint_of, failure, join, modules_of
+from gradreg.preflight.report import (
+    OR_FINITE_DIFFERENCE,
+    WITHOUT_SECOND_DERIVATIVE,
+    Finding,
+    FoundError,
+    complaint_of,
+    failure,
+    join,
+    modules_of,
+)
 from gradreg.preflight.restore import filled
 from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, tensors_in
 from gradreg.threat_models import Linf
@@ -21,7 +31,7 @@ from gradreg.wrappers import is_compiled
 
 _CRITERION = "the criterion"
 _MEND_FIRST = "Mend this first; it fails without a penalty too."
-_INSTEAD = "Take FiniteDifference(), which needs no second derivative."
+_INSTEAD = f"Take {WITHOUT_SECOND_DERIVATIVE}."
 _MEND_NAN = "Keep norms, square roots and divisions away from 0 by an epsilon."
 _STEP_FUNCTION = (
     "the input gradient is exactly 0, though the loss changes with the logits: a step function is on the way.",
@@ -174,7 +184,18 @@ class Trial:
             findings.append(
                 Finding("error", join(names), *_diagnosis(operation, message if len(culprits) == 1 else ""))
             )
-        return FoundError(*(findings or [Finding("error", "", f"double backward raises: {message}.", _INSTEAD)]))
+        findings = findings or [Finding("error", "", f"double backward raises: {message}.", _INSTEAD)]
+        if not self._has_first_derivative():
+            findings = [dataclasses.replace(f, mend=_without_a_first(f.mend)) for f in findings]
+        return FoundError(*findings)
+
+    def _has_first_derivative(self) -> bool:
+        leaf = self.x.detach().clone().requires_grad_()
+        try:
+            torch.autograd.grad(self.criterion(self.model(leaf), self.y).sum(), leaf)
+        except RuntimeError:
+            return False
+        return True
 
 
 def _holders_of_graphs(model: nn.Module) -> list[str]:
@@ -215,6 +236,11 @@ def _why_no_forward(error: Exception) -> tuple[str, str]:
             "Make the operation out of place (nn.ReLU(inplace=False)), or train smoothify(model).",
         )
     return f"the forward pass raises {type(error).__name__}: {error}", _MEND_FIRST
+
+
+def _without_a_first(mend: str) -> str:
+    """A mend for what has no first derivative either, which finite differences need."""
+    return mend.replace(f"; {OR_FINITE_DIFFERENCE}", "").replace(_INSTEAD, "Train without it.")
 
 
 def _diagnosis(operation: str, message: str) -> tuple[str, str]:
