@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
 from study import report
 from study.data import load
 from study.methods import ALL, METHODS
 from study.models import NETS
 from study.runs import Run, perform
-from tqdm import tqdm
 
 
 def wanted(args: argparse.Namespace) -> list[Run]:

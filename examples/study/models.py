@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import smoothify, with_normalization
+
 from study.data import MEAN, STD
 
 

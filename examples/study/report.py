@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from study.methods import ALL
+from study.models import NETS
 from study.runs import Run, unpack
 
 RECORD = Path("docs/fashion-mnist")
@@ -43,11 +44,22 @@ def write(folder: Path) -> None:
     RECORD.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(result) for result in results.values())
     (RECORD / "runs.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
-    costs = json.loads((RECORD / "costs.json").read_text()) if (RECORD / "costs.json").exists() else {}
+    costs = _costs()
     settings = sorted({(run.net, run.eps, run.steps) for run in results if run.split == SPLIT})
     tables = [table(setting, Points(results, setting), costs.get(setting[0], {})) for setting in settings]
     (RECORD / "tables.md").write_text("\n".join(tables))
     figure(settings, results, costs).savefig(RECORD / "front.png")
+
+
+def _costs() -> dict[str, dict[str, float]]:
+    """Cost of a step of every method on every network, natural = 1, as far as it was measured."""
+    path = RECORD / "costs.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        net: {name: ratio["median"] for name, ratio in report[net]["cpu_ratio_to_natural"].items()}
+        for net in NETS
+        if net in report
+    }
 
 
 class Points:

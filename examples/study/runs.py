@@ -17,6 +17,7 @@ from tqdm import tqdm
 import gradreg
 from gradreg import APGDAttack, AutoAttack, Linf, TargetedAPGDAttack, evaluate
 from gradreg.state import replacing, write_atomically
+
 from study.data import Data, batches
 from study.methods import ALL, Method
 from study.models import build

@@ -1,0 +1,148 @@
+"""The Fashion-MNIST study at a tiny size: runs that resume, tables with intervals, points above and below a curve."""
+
+import gzip
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from gradreg import Linf
+
+import fashion_mnist
+from study import data, report, runs
+from study.methods import ALL, METHODS
+from study.models import NETS, build
+from study.report import Points, Results, key
+from study.runs import Run, pack, stepper, unpack
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in the format of Fashion-MNIST: bright and dark images, of two classes."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", data.VALIDATION + 500), ("t10k", 60)):
+        labels = np.arange(count, dtype=np.uint8) % 2
+        pixels = generator.integers(0, 100, (count, 784), dtype=np.uint8) + 100 * labels[:, None]
+        for kind, header, values in (("images", 16, pixels), ("labels", 8, labels)):
+            path = folder / f"{part}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(bytes(header) + values.astype(np.uint8).tobytes()))
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.setattr(runs, "IMAGES", 20)
+    monkeypatch.setattr(report, "RECORD", tmp_path / "record")
+    monkeypatch.setattr(report, "DRAWS", 20)
+    return fashion_mnist
+
+
+def test_runs_resume_and_the_report_tabulates_them(small: ModuleType, folder: Path, tmp_path: Path) -> None:
+    methods = ["natural", "PGD-3", "PGD-3, 1.2 eps", "noisy differences, half, 1.0"]
+    options = ["--steps", "6", "--data", str(folder), "--output", str(tmp_path), "--methods", *methods]
+    small.main(options)
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(written) == len(methods)
+    small.main(options)
+    small.main([*options, "--shard", "1/2"])
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == written
+    small.main(["--output", str(tmp_path), "--report"])
+    record = json.loads((tmp_path / "record" / "runs.json").read_text())["runs"]
+    assert [row["method"] for row in record] == sorted(methods)
+    assert all(row["robust_of"] == 20 and row["clean_of"] == 60 for row in record)
+    tables = (tmp_path / "record" / "tables.md").read_text()
+    assert all(f"| {method} | 1 |" in tables for method in methods)
+    assert (tmp_path / "record" / "front.png").read_bytes().startswith(b"\x89PNG")
+    for path in (tmp_path / "runs").iterdir():
+        path.unlink()
+    small.main(options)  # what is on record is done, too
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_is_a_function_of_its_seed(folder: Path) -> None:
+    loaded = data.load("validation", folder)
+    trained = [
+        runs.train(Run("convnet", "8/255", 4, "noisy differences, half, 1.0", seed), loaded).state_dict()
+        for seed in (0, 0, 1)
+    ]
+    assert all(torch.equal(trained[0][name], value) for name, value in trained[1].items())
+    assert not all(torch.equal(trained[0][name], value) for name, value in trained[2].items())
+
+
+def test_no_image_is_both_trained_on_and_evaluated_on(folder: Path) -> None:
+    validation, test = data.load("validation", folder), data.load("test", folder)
+    assert len(validation.x) == data.VALIDATION
+    assert len(test.x) == 60
+    assert torch.equal(validation.train_x, test.train_x)
+    assert len(test.train_x) == 500
+    trained = {image.numpy().tobytes() for image in test.train_x}
+    assert not any(image.numpy().tobytes() in trained for image in (*validation.x, *test.x))
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_trains_every_net(method: str, net: str) -> None:
+    model = build(net, ALL[method].activation, seed=0)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = stepper(ALL[method], Linf(0.1), warm_up=2)
+    for t in range(5):
+        step(model, optimizer, torch.rand(8, 1, 28, 28), torch.arange(8) % 10, t)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_verdicts_are_packed_without_loss() -> None:
+    verdicts = [bool(int(bit)) for bit in "0001101000010111"]
+    assert pack(verdicts) == "1a17"
+    assert unpack(pack(verdicts)) == verdicts
+
+
+def _result(method: str, seed: int, clean: int, robust: int) -> dict[str, object]:
+    verdicts = pack([image < robust for image in range(100)])
+    run = {"net": "convnet", "eps": "0.1", "steps": 10, "method": method, "seed": seed, "split": "test"}
+    return {**run, "clean": clean, "clean_of": 100, "robust": robust, "robust_of": 100, "verdicts": verdicts}
+
+
+def _points(rows: list[dict[str, object]]) -> Points:
+    results: Results = {key(row): row for row in rows}
+    return Points(results, ("convnet", "0.1", 10))
+
+
+class TestPoints:
+    def test_above_the_curve_at_the_same_clean_accuracy(self) -> None:
+        curve = [_result("PGD-3", s, 80, 60) for s in (0, 1)] + [_result("PGD-3, 1.2 eps", s, 70, 70) for s in (0, 1)]
+        points = _points([*curve, *(_result("N-FGSM", s, 75, 68) for s in (0, 1))])
+        above = points.above_curve("N-FGSM")
+        assert above is not None
+        assert above[0] == pytest.approx(68 - 65)
+        assert above[1][0] <= 3 <= above[1][1]
+
+    @pytest.mark.parametrize(("clean", "height"), [(90, 60), (50, 70)])
+    def test_beyond_its_ends_the_curve_is_level(self, clean: int, height: int) -> None:
+        curve = [_result("PGD-3", 0, 80, 60), _result("PGD-3, 1.2 eps", 0, 70, 70)]
+        above = _points([*curve, _result("FGSM", 0, clean, 65)]).above_curve("FGSM")
+        assert above is not None
+        assert above[0] == pytest.approx(65 - height)
+
+    def test_one_point_is_no_curve(self) -> None:
+        assert _points([_result("PGD-3", 0, 80, 60), _result("FGSM", 0, 80, 50)]).above_curve("FGSM") is None
+
+    def test_the_interval_holds_what_images_and_seeds_vary(self) -> None:
+        of_images = _points([_result("natural", 0, 80, 50)]).interval("natural")
+        assert of_images == pytest.approx((40, 60), abs=2.5)  # binomial: 50 of 100
+        of_seeds = _points([_result("natural", s, 80, r) for s, r in enumerate((0, 100, 0, 100))]).interval("natural")
+        assert of_seeds == (0, 100) or of_seeds == pytest.approx((0, 100), abs=25)
+
+    def test_validation_runs_are_not_reported(self) -> None:
+        row = _result("natural", 0, 80, 50) | {"split": "validation"}
+        assert _points([row]).clean == {}
+
+
+def test_the_methods_of_the_study_are_named_once() -> None:
+    assert len(ALL) == len(METHODS) + len(set(ALL) - set(METHODS))
+    assert {method.family for method in ALL.values() if method.family} >= {report.CURVE}
