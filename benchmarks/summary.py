@@ -101,8 +101,8 @@ def main() -> None:
     """Write the tables."""
     intro = (
         "# Benchmarks: the tables\n\n"
-        "Made by `python benchmarks/summary.py` from the reports in this folder. Ratios to a natural step: medians over\n"
-        "all rounds, with the smallest and largest of the medians of the repeats in brackets. "
+        "Made by `python benchmarks/summary.py` from the reports in this folder: ratios to a\n"
+        "natural step, medians over all rounds, with the smallest and largest of the medians of the repeats.\n"
         "[How to read them](../../benchmarks/README.md)."
     )
     parts = [step_cost(), peaks(), *([attention()] if (FOLDER / "attention").exists() else [])]
