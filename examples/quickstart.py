@@ -1,4 +1,4 @@
-r"""From a fragile classifier to a robust one: the same small network, trained in six ways.
+r"""From a fragile classifier to a robust one: the same small network, trained in seven ways.
 
     python examples/quickstart.py
 
@@ -32,6 +32,7 @@ from gradreg import (
     NFGSM,
     Attack,
     EdgeAlignmentPenalty,
+    FiniteDifference,
     GradNormPenalty,
     GradregWarning,
     Linf,
@@ -70,15 +71,31 @@ edges = PenalizedLoss(
 grad_norm = PenalizedLoss(
     CROSS_ENTROPY, {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=linear_ramp(3.0, duration=100))}
 )
+noisy_differences = PenalizedLoss(  # the same penalty by finite differences from a noisy start, on half of the batch
+    CROSS_ENTROPY,
+    {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=linear_ramp(0.75, duration=100))},
+    differentiation=FiniteDifference(step=1.0, one_pass=True),
+    noise=Linf(EPS),
+    fraction=0.5,
+)
 METHODS = {
     "natural": Method(natural),
     "edge alignment": Method(edges),
     "GradNorm, ReLU": Method(grad_norm, activation="relu"),
     "GradNorm, GELU": Method(grad_norm),
+    "noisy differences": Method(noisy_differences),
     "N-FGSM": Method(natural, attack=NFGSM(Linf(EPS))),
     "PGD-3": Method(natural, attack=PGDAttack(Linf(EPS), steps=3, step_size=2 * EPS / 3, best=False)),
 }
-COLORS = ("#000000", "#009E73", "#E69F00", "#0072B2", "#CC79A7", "#D55E00")  # Okabe and Ito: safe for colour-blind eyes
+COLORS = (
+    "#000000",
+    "#009E73",
+    "#E69F00",
+    "#0072B2",
+    "#56B4E9",
+    "#CC79A7",
+    "#D55E00",
+)  # Okabe and Ito: safe for colour-blind eyes
 
 
 def build_model(activation: str) -> nn.Module:
@@ -196,7 +213,7 @@ def plot_accuracy(results: dict[str, dict], n: int, path: Path) -> None:
     """Accuracy against the radius of the attack, one line for each method."""
     figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
-    for (name, row), color, marker in zip(results.items(), COLORS, "osv^DP", strict=True):
+    for (name, row), color, marker in zip(results.items(), COLORS, "osv^XDP", strict=True):
         accuracies = row["accuracy_at_eps"]
         axes.plot(
             [float(eps) for eps in accuracies],
