@@ -484,7 +484,8 @@ def test_offers_finite_differences_where_they_work(
     monkeypatch.setattr(ExchangedCalls, "__torch_function__", inspect.unwrap(ExchangedCalls.__torch_function__))
     model, (x, y) = case.build(), batch(case.image, "cpu")
     report = preflight(model, x, y)
-    if not all("FiniteDifference()" in error.mend for error in report.errors):
+    assert all(error.second_only == ("FiniteDifference()" in error.mend) for error in report.errors)
+    if not all(error.second_only for error in report.errors):
         with pytest.raises(RuntimeError, match="preflight: the exact penalty does not work"):
             report.differentiation()
         return
@@ -496,6 +497,17 @@ def test_offers_finite_differences_where_they_work(
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(grad.isfinite().all() for grad in grads)
     assert any(grad.any() for grad in grads)
+
+
+def test_offers_nothing_where_the_first_derivative_is_broken_behind_the_first_error() -> None:
+    class Steep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (x - x.detach()).sqrt()  # whose slope is infinite
+
+    report = preflight(nn.Sequential(Attention(need_weights=False), Steep()), *batch(0, "cpu"))
+    assert not report.ok
+    with pytest.raises(RuntimeError, match="does not work"):
+        report.differentiation()
 
 
 @dataclass(frozen=True)

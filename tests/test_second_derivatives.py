@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,11 @@ def test_stems_of_every_geometry(kernel: int, stride: int | tuple[int, int], pad
         found = _derivatives(lambda *given, layer=layer: _replaced(layer, *given), [x, weight], 2)
         for a, b in zip(found, _derivatives(layer, [x, weight], 2), strict=True):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-11 * b.abs().max().item())
+
+
+def test_a_geometry_in_numbers_of_numpy() -> None:
+    layer: Layer = lambda *given: F.conv2d(*given, stride=np.int64(2), padding=np.int64(1))  # noqa: E731
+    _check(layer, _normal(2, 2, 5, 6), _normal(3, 2, 3, 2, seed=1))
 
 
 ACTIVATIONS: dict[str, Layer] = {

@@ -127,7 +127,9 @@ def _chunks(data: Data, images: int) -> Iterator[tuple[torch.Tensor, torch.Tenso
 
 
 def pack(verdicts: list[bool]) -> str:
-    """Booleans as hexadecimal digits, the first one the highest bit."""
+    """Booleans, as many as 4 divides, as hexadecimal digits, the first one the highest bit."""
+    if len(verdicts) % 4:
+        raise ValueError(f"{len(verdicts)} verdicts are no whole number of hexadecimal digits.")
     return f"{int(''.join('1' if verdict else '0' for verdict in verdicts), 2):0{len(verdicts) // 4}x}"
 
 

@@ -1,6 +1,6 @@
 """The one derivative that everything here is built on: of per-sample scores with respect to the input."""
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -70,8 +70,18 @@ def input_gradient(
             "input_gradient: the losses carry no graph. Compute them with grad enabled, outside torch.no_grad() and "
             "torch.inference_mode(), and without detach() on the way from x."
         )
+    grad, _ = _gradients(losses.sum(), x, create_graph=create_graph, retain_graph=True)
+    return grad
+
+
+def _gradients(
+    total: Tensor, x: Tensor, leaves: Sequence[Tensor] = (), *, create_graph: bool = False, retain_graph: bool = False
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The gradients with respect to x, and to leaves as far as there are any."""
     try:
-        (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        grad, *others = torch.autograd.grad(
+            total, [x, *leaves], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
     except RuntimeError as error:
         raise RuntimeError(
             f"input_gradient: {error}\ngradreg.preflight(model, x, y) names the module and the mend."
@@ -81,7 +91,7 @@ def input_gradient(
             "input_gradient: the losses do not depend on x. They must be computed from this very tensor, after "
             "x.requires_grad_(); a copy made before (x.clone(), x.to(device), mixup) is another tensor."
         )
-    return grad
+    return grad, others
 
 
 def input_gradient_of(
@@ -131,7 +141,8 @@ def in_one_pass(
         The losses, and the gradients with respect to x.
 
     Raises:
-        RuntimeError: If a parameter has a hook on its gradient, which would run twice.
+        RuntimeError: If a parameter has a hook on its gradient, which would run twice; or the losses do not depend on
+            x, or cannot be differentiated.
     """
     nodes = new_nodes([losses.grad_fn], ())
     leaves = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad" and node.variable is not x]
@@ -140,11 +151,10 @@ def in_one_pass(
             "FiniteDifference(one_pass=True): a parameter has a hook on its gradient (register_hook), which would run "
             "twice. Remove it, or use one_pass=False."
         )
-    grad, *parameter_grads = torch.autograd.grad(losses.sum() * scale, [x, *leaves])
-    if scale != 1:
-        parameter_grads = [parameter_grad / scale for parameter_grad in parameter_grads]
-    carrying = cast("Tensor", _CarriesGradients.apply(losses.detach(), parameter_grads, *leaves))
-    return carrying, grad
+    grad, found = _gradients(losses.sum() * scale, x, leaves)
+    reached = [leaf for leaf, of_leaf in zip(leaves, found, strict=True) if of_leaf is not None]
+    grads = [of_leaf if scale == 1 else of_leaf / scale for of_leaf in found if of_leaf is not None]
+    return cast("Tensor", _CarriesGradients.apply(losses.detach(), grads, *reached)), grad
 
 
 class _CarriesGradients(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradreg import checks
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.gradients import new_nodes
-from gradreg.modes import batch_norms, dropouts
+from gradreg.modes import batch_norms
 from gradreg.smooth import find_nonsmooth
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
@@ -61,11 +61,6 @@ def is_eager(model: object) -> bool:
     return isinstance(model, nn.Module) and not any(map(is_compiled, model.modules()))
 
 
-def is_without_chance(model: object) -> bool:
-    """Whether this is a module, and no part of it is seen to draw random numbers."""
-    return isinstance(model, nn.Module) and not dropouts(model)
-
-
 def check_samples_are_apart(model: object) -> None:
     """Raise if the model gives another output for a sample when it sees a part of its batch."""
     if coupled := batch_norms(model):
@@ -81,9 +76,9 @@ def warn_of_fused_attention(logits: Tensor) -> None:
     if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
         checks.warn(
             "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
-            "will raise. differentiation=FiniteDifference(one_pass=True) keeps it, and costs less than to do without: "
-            "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = False in a timm model "
-            "(docs/cost.md has both). gradreg.preflight(model, x, y) names the modules."
+            "will raise. Use differentiation=FiniteDifference(one_pass=True), which keeps it and costs less; or do "
+            "without it, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = False in a "
+            "timm model. gradreg.preflight(model, x, y) names the modules."
         )
 
 

@@ -100,6 +100,12 @@ def random_state(device: torch.device) -> RandomState:
     return torch.get_rng_state(), generators.get_rng_state(*_of_many(device))
 
 
+def is_state(state: RandomState, device: torch.device) -> bool:
+    """Whether the generators are where they were: nothing was drawn since."""
+    pairs = zip(state, random_state(device), strict=True)
+    return all(before is None or torch.equal(before, now) for before, now in pairs if now is not None)
+
+
 @contextmanager
 def replayed(state: RandomState, device: torch.device) -> Iterator[None]:
     """Draw inside the block the random numbers that were drawn after ``state`` was taken; then go on as if not."""

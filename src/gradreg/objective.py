@@ -17,7 +17,7 @@ from gradreg.gradients import in_transform
 from gradreg.normalization import Normalize
 from gradreg.penalties import GradNormPenalty
 from gradreg.schedules import Schedule
-from gradreg.scoring import EagerForward, Forward, Model, SplitForward, TransformedForward, drawn
+from gradreg.scoring import EagerForward, Forward, Model, SingleForward, SplitForward, TransformedForward, drawn
 from gradreg.second_derivatives import FirstDerivatives, SecondDerivatives
 from gradreg.selectors import ClassSelector
 from gradreg.threat_models import Linf, ThreatModel
@@ -107,8 +107,9 @@ class PenalizedLoss(nn.Module):
             each sample: ``Linf(4 / 255)``. In expectation that is the objective smoothed over the ball. The points are
             not clipped to a range of pixels.
         fraction: The share of the batch whose penalties are computed, drawn anew at every call: 0.25 is a quarter, at
-            a quarter of the cost beside the loss. The expected gradient is that of all samples, for penalties of one
-            sample at a time. Not for models that normalise by the statistics of the batch.
+            a quarter of the cost beside the loss. The expected gradient is that of all samples, for penalties and
+            criteria of one sample at a time. Not for models that normalise by the statistics of the batch; and
+            running statistics of InstanceNorm are moved by parts of the batch.
         inner_scale: Factor on the score while the input gradient is taken, divided out in float32. For float16, whose
             range ends at 6e-8: a constant such as ``2**10`` keeps small gradients from flushing to 0. Any other type
             needs none.
@@ -220,10 +221,13 @@ class PenalizedLoss(nn.Module):
         first = not transformed and bool(active) and model_checks.is_first_meeting(self, model, self.differentiation)
         if look:
             self._check_values(model, x, active)
+        if not transformed:
+            checks.check_no_graph(x)
+            x = x.detach()
         if self.noise is not None:
             x = x + self.noise.sample_like(x)
 
-        def forward_of(x: Tensor, y: Tensor, penalised: bool) -> Forward:
+        def forward_of(x: Tensor, y: Tensor, penalised: bool) -> SingleForward:
             if transformed:
                 return TransformedForward(model, self.criterion, x, y, self.inner_scale)
             return EagerForward(
@@ -241,8 +245,8 @@ class PenalizedLoss(nn.Module):
 
         if active and drawn(len(x), self.fraction) < len(x):
             model_checks.check_samples_are_apart(model)
-            together = self.differentiation.looks_elsewhere and model_checks.is_without_chance(model)
-            forward: Forward = SplitForward(forward_of, self.criterion, x, y, self.fraction, together=together)
+            self._check_radii(x, active)
+            forward: Forward = SplitForward(forward_of, self.criterion, x, y, self.fraction, look=look)
         else:
             forward = forward_of(x, y, bool(active))
         if first and isinstance(self.differentiation, DoubleBackward):
@@ -266,9 +270,11 @@ class PenalizedLoss(nn.Module):
         total = loss_weight * loss
         for name, value in penalties.items():
             total = total + weights[name] * value.mean()
-        if self._one_pass and active and not transformed:  # what carries a gradient of its own must not be mixed
-            loss, penalties = loss.detach(), {name: value.detach() for name, value in penalties.items()}
-        return PenalizedOutput(total, loss, forward.logits, penalties)
+        logits = forward.logits
+        if self._one_pass and active and not transformed:  # the graph of some of them is used up
+            loss, logits = loss.detach(), logits.detach()
+            penalties = {name: value.detach() for name, value in penalties.items()}
+        return PenalizedOutput(total, loss, logits, penalties)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -281,6 +287,15 @@ class PenalizedLoss(nn.Module):
             return SecondDerivatives if self.differentiation.fused else nullcontext
         # A compiled model would be compiled once more for it; and it is on a CPU that there is something to gain.
         return FirstDerivatives if x.device.type == "cpu" and model_checks.is_eager(model) else nullcontext
+
+    def _check_radii(self, x: Tensor, active: Sequence[str]) -> None:
+        for name in active:
+            eps = getattr(getattr(self.terms[name].penalty, "threat", None), "eps", None)
+            if isinstance(eps, Tensor) and eps.ndim == x.ndim and eps.shape[0] != 1:
+                raise ValueError(
+                    f"PenalizedLoss: term {name!r} has a radius for each sample, {tuple(eps.shape)}, and with fraction="
+                    f"{self.fraction} only some samples are penalised, drawn inside. Give one radius, or fraction=1."
+                )
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)

@@ -101,7 +101,7 @@ class every:  # noqa: N801
     ``value`` itself is taken at the steps that count.
 
     Attributes:
-        steps: k, at least 1. Step 0 counts, then step k.
+        steps: k, at least 1. Step 0 counts, then step k; a clock that skips them never meets the value.
         value: A number, or a schedule of the same clock.
 
     Example:
@@ -114,8 +114,8 @@ class every:  # noqa: N801
     value: float | Schedule
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.steps != int(self.steps):
-            raise ValueError(f"every: steps is a whole number of optimiser steps, at least 1; got {self.steps}.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"every: steps is a whole number of optimiser steps, at least 1; got {self.steps!r}.")
 
     def __call__(self, t: float) -> float:
         if t % self.steps != 0:

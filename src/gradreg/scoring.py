@@ -24,21 +24,19 @@ Model = Callable[[Tensor], Tensor]
 
 
 class Forward(ABC):
-    """The logits of one forward pass and what can be computed from them.
+    """The logits of a batch and what can be computed from them.
 
     Attributes:
-        x: The input, without a graph.
-        y: The labels.
+        x: The input that scores are of, without a graph.
         logits: The model's output.
         losses: The criterion's value for every sample.
     """
 
     x: Tensor
-    y: Tensor
     logits: Tensor
     losses: Tensor
-    _criterion: Criterion
 
+    @abstractmethod
     def score(self, selector: ClassSelector | None, classes: Tensor | None = None) -> Score:
         """The loss, or the logit of a class.
 
@@ -46,27 +44,44 @@ class Forward(ABC):
             selector: What chooses the class; None for the loss.
             classes: The classes, where they are given.
         """
+
+    def finish(self) -> None:
+        """Complete logits and losses, when no more scores are asked for."""
+        return
+
+
+class SingleForward(Forward):
+    """One forward pass of a model."""
+
+    _y: Tensor
+    _criterion: Criterion
+
+    def score(self, selector: ClassSelector | None, classes: Tensor | None = None) -> Score:
         if selector is None:
-            return self._score(self.losses, lambda logits: self._criterion(logits, self.y))
-        chosen = selector(self.logits.detach(), self.y) if classes is None else classes
+            return self._score(self.losses, lambda logits: self._criterion(logits, self._y))
+        chosen = selector(self.logits.detach(), self._y) if classes is None else classes
         return self._score(class_scores(self.logits, chosen), lambda logits: class_scores(logits, chosen))
 
     @abstractmethod
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         """The score of these values, which are ``score_of(self.logits)``."""
 
-    def finish(self) -> None:
-        """Complete logits and losses, when no more scores are asked for."""
+    def take_along(self, x: Tensor) -> None:
+        """Let the model see these samples, too, when it next looks at another input: one pass in the place of two."""
         return
+
+    def taken_along(self) -> Tensor | None:
+        """Their logits; None if the model has not seen them."""
+        return None
 
     def _read(self, logits: Tensor, *, look: bool) -> None:
         """Take over the model's output."""
         self.logits = logits
-        self.losses = _losses_of(logits, self.x, self.y, self._criterion, look=look)
+        self.losses = _losses_of(logits, self.x, self._y, self._criterion, look=look)
 
 
 @final
-class EagerForward(Forward):
+class EagerForward(SingleForward):
     """A forward pass under autograd.
 
     Args:
@@ -77,8 +92,8 @@ class EagerForward(Forward):
         inner_scale: Factor on a score while its gradient is taken.
         differentiable: Whether input gradients will be asked for.
         replay: Whether scores will be asked for at other inputs.
-        one_pass: Whether to take the gradients of the losses with respect to input and parameters at once. The logits
-            then have no graph, and no score but the loss has a gradient.
+        one_pass: Whether to take the gradients of the losses with respect to input and parameters at once. The graph of
+            the logits is then used up, and no score but the loss has a gradient.
         look: Whether values may be looked at.
         around: Makes, from the tensor whose gradient will be taken, what the model runs within.
     """
@@ -97,13 +112,8 @@ class EagerForward(Forward):
         look: bool,
         around: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        if x.grad_fn is not None:
-            raise RuntimeError(
-                "x carries a graph, which a penalty on its gradient would cut. Make what computes x a part of the "
-                "model, or pass x.detach() if nothing before it is to be trained."
-            )
         self.x = outside_inference_mode(x).detach()
-        self.y = outside_inference_mode(y)
+        self._y = outside_inference_mode(y)
         self._model = model
         self._criterion = criterion
         self._inner_scale = inner_scale
@@ -116,11 +126,12 @@ class EagerForward(Forward):
         start = self._leaf.clone() if differentiable else self._leaf
         with around(self._leaf):
             logits = model(start)
+        state = self._random_state
+        self._is_random = state is not None and not modes.is_state(state, x.device)
         self._read(logits, look=look)
         self._grad: Tensor | None = None
         if one_pass and differentiable:
             self.losses, self._grad = in_one_pass(self.losses, self._leaf, inner_scale)
-            self.logits = self.logits.detach()
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:
@@ -149,16 +160,15 @@ class EagerForward(Forward):
         return logits[: len(z)]
 
     def take_along(self, x: Tensor) -> None:
-        """Have the model see these samples, too, when it next looks at another input: one pass in the place of two."""
-        self._waiting = x
+        if not self._is_random:  # with other samples in a pass, other numbers would be drawn for these
+            self._waiting = x
 
     def taken_along(self) -> Tensor | None:
-        """Their logits; None if the model has not seen them."""
         return self._arrived
 
 
 @final
-class TransformedForward(Forward):
+class TransformedForward(SingleForward):
     """A forward pass inside a ``torch.func`` transform or a compiled region, where values cannot be looked at.
 
     Random numbers cannot be replayed here: with dropout, finite differences need the eager form.
@@ -173,7 +183,7 @@ class TransformedForward(Forward):
 
     def __init__(self, model: Model, criterion: Criterion, x: Tensor, y: Tensor, inner_scale: float) -> None:
         self.x = x
-        self.y = y
+        self._y = y
         self._model = model
         self._criterion = criterion
         self._inner_scale = inner_scale
@@ -210,47 +220,40 @@ class SplitForward(Forward):
         x: The inputs.
         y: The labels.
         fraction: The share of the samples to draw, above 0; at least one is drawn.
-        together: Whether the model may see the other samples beside those drawn, when it looks at these elsewhere: one
-            pass in the place of two. Not with random numbers, which are others for each sample of a pass.
+        look: Whether values may be looked at.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor, Tensor, bool], Forward],
+        forward: Callable[[Tensor, Tensor, bool], SingleForward],
         criterion: Criterion,
         x: Tensor,
         y: Tensor,
         fraction: float,
         *,
-        together: bool,
+        look: bool,
     ) -> None:
-        order = torch.randperm(len(x), device=x.device)
+        self._order = torch.randperm(len(x), device=x.device)
         count = drawn(len(x), fraction)
-        rows, others = order[:count], order[count:]
-        self._criterion = criterion
-        self._part = forward(x[rows], y[rows], True)
+        self._drawn, others = self._order[:count], self._order[count:]
         self._others = x[others], y[others]
-        self._order = order
         self._forward = forward
-        if together and isinstance(self._part, EagerForward):
-            self._part.take_along(x[others])
-        self.x, self.y = self._part.x, self._part.y
-        self.logits, self.losses = self._part.logits, self._part.losses
+        self._criterion = criterion
+        self._look = look
+        self._part = forward(x[self._drawn], y[self._drawn], True)
+        self._part.take_along(self._others[0])
+        self.x, self.logits, self.losses = self._part.x, self._part.logits, self._part.losses
 
     def score(self, selector: ClassSelector | None, classes: Tensor | None = None) -> Score:
-        return self._part.score(selector, None if classes is None else classes[self._order[: len(self.x)]])
-
-    def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
-        return self._part._score(values, score_of)
+        return self._part.score(selector, None if classes is None else classes[self._drawn])
 
     def finish(self) -> None:
-        x, y = self._others
-        arrived = self._part.taken_along() if isinstance(self._part, EagerForward) else None
-        if arrived is None:
-            rest = self._forward(x, y, False)
+        logits = self._part.taken_along()
+        if logits is None:
+            rest = self._forward(*self._others, False)
             logits, losses = rest.logits, rest.losses
         else:
-            logits, losses = arrived, _losses_of(arrived, x, y, self._criterion, look=False)
+            losses = _losses_of(logits, *self._others, self._criterion, look=self._look)
         in_order = self._order.argsort()
         self.logits = torch.cat([self._part.logits, logits])[in_order]
         self.losses = torch.cat([self._part.losses, losses])[in_order]

@@ -94,6 +94,7 @@ def _inspect_wrappers(model: nn.Module) -> Iterator[Finding]:
             "Run preflight before fully_shard. With FSDP2 call model.set_reshard_after_backward(False, recurse=True) "
             "once, and reshard() on every FSDPModule after each backward(), before the optimiser's step (without it "
             f"the weights go stale, without an error); {OR_FINITE_DIFFERENCE}.",
+            second_only=True,
         )
 
 

@@ -8,8 +8,7 @@ from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDiffe
 
 Severity = Literal["error", "warning"]
 
-WITHOUT_SECOND_DERIVATIVE = "FiniteDifference(), which needs no second derivative"
-OR_FINITE_DIFFERENCE = f"or take {WITHOUT_SECOND_DERIVATIVE}"
+OR_FINITE_DIFFERENCE = "or take FiniteDifference(), which needs no second derivative"
 _NAMES_SHOWN = 4
 
 
@@ -25,12 +24,14 @@ class Finding:
             ``"the criterion"``; empty for the model or the batch as a whole.
         problem: What is wrong.
         mend: What to do about it; empty where the problem's text ends in it.
+        second_only: Whether only the second derivative is at fault, so that finite differences work.
     """
 
     severity: Severity
     where: str
     problem: str
     mend: str = ""
+    second_only: bool = False
 
     def __str__(self) -> str:
         names = self.where.split(", ") if self.where else []
@@ -65,7 +66,9 @@ class PreflightReport:
     def differentiation(self, *, one_pass: bool = False) -> Differentiation:
         """What to give :class:`gradreg.PenalizedLoss`: the exact gradient where it works, else finite differences.
 
-        A transformer keeps its fused attention so, and a compiled model stays compiled.
+        A transformer keeps its fused attention so, and a compiled model stays compiled. Warnings are not weighed: a
+        network of ReLUs can be differentiated twice, to little use. The trial ended at the first error; what comes
+        after it in the model was run forwards and backwards once.
 
         Args:
             one_pass: As of :class:`gradreg.FiniteDifference`, for objectives whose terms are all a
@@ -76,7 +79,7 @@ class PreflightReport:
         """
         if self.ok:
             return DoubleBackward()
-        if not all(WITHOUT_SECOND_DERIVATIVE in finding.mend for finding in self.errors):
+        if not all(finding.second_only for finding in self.errors):
             self.raise_for_errors()
         return FiniteDifference(one_pass=one_pass)
 
@@ -98,9 +101,9 @@ class FoundError(Exception):
         self.findings = findings
 
 
-def failure(where: str, problem: str, mend: str = "") -> FoundError:
+def failure(where: str, problem: str, mend: str = "", *, second_only: bool = False) -> FoundError:
     """The exception for one error."""
-    return FoundError(Finding("error", where, problem, mend))
+    return FoundError(Finding("error", where, problem, mend, second_only))
 
 
 def modules_of(parameters: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """The exact penalty run once on a batch, and the reason if it breaks."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from gradreg.penalties import grad_norm
 from gradreg.preflight.comparison import compare
 from gradreg.preflight.report import (
     OR_FINITE_DIFFERENCE,
-    WITHOUT_SECOND_DERIVATIVE,
     Finding,
     FoundError,
     complaint_of,
@@ -31,7 +29,7 @@ from gradreg.wrappers import is_compiled
 
 _CRITERION = "the criterion"
 _MEND_FIRST = "Mend this first; it fails without a penalty too."
-_INSTEAD = f"Take {WITHOUT_SECOND_DERIVATIVE}."
+_INSTEAD = "Take FiniteDifference(), which needs no second derivative."
 _MEND_NAN = "Keep norms, square roots and divisions away from 0 by an epsilon."
 _STEP_FUNCTION = (
     "the input gradient is exactly 0, though the loss changes with the logits: a step function is on the way.",
@@ -103,7 +101,8 @@ class Trial:
         if wrong := compare(self.model, self.x, self.y, self.criterion):
             trace = Trace()
             trace.run(self.model, self.x)
-            raise failure(join(trace.written_by_hand()) if wrong.by_hand else "", wrong.problem, wrong.mend)
+            where = join(trace.written_by_hand()) if wrong.by_hand else ""
+            raise failure(where, wrong.problem, wrong.mend, second_only=wrong.by_hand)
 
     def _beyond_blank_weights(self) -> Iterator[Finding]:
         """The input gradient is 0: go on with random numbers where a weight is 0, or raise."""
@@ -177,25 +176,25 @@ class Trial:
         trace.claim([losses], _CRITERION)
         compiled = [name for name, module in self.model.named_modules() if is_compiled(module)]
         culprits = trace.undifferentiable(losses)
+        sound = self._has_a_sound_first_derivative()
         findings = []
         for operation, owners in culprits.items():
             names = compiled if compiled and operation.startswith("CompiledFunction") else owners
             # With several of them the message is of the one that happened to come first.
-            findings.append(
-                Finding("error", join(names), *_diagnosis(operation, message if len(culprits) == 1 else ""))
-            )
-        findings = findings or [Finding("error", "", f"double backward raises: {message}.", _INSTEAD)]
-        if not self._has_first_derivative():
-            findings = [dataclasses.replace(f, mend=_without_a_first(f.mend)) for f in findings]
-        return FoundError(*findings)
+            problem, mend, second_only = _diagnosis(operation, message if len(culprits) == 1 else "")
+            second_only &= sound
+            mend = f"{mend}; {OR_FINITE_DIFFERENCE}." if second_only else f"{mend}."
+            findings.append(Finding("error", join(names), problem, mend, second_only))
+        instead = _INSTEAD if sound else "Mend the first derivative."
+        return FoundError(*(findings or [Finding("error", "", f"double backward raises: {message}.", instead, sound)]))
 
-    def _has_first_derivative(self) -> bool:
+    def _has_a_sound_first_derivative(self) -> bool:
         leaf = self.x.detach().clone().requires_grad_()
         try:
-            torch.autograd.grad(self.criterion(self.model(leaf), self.y).sum(), leaf)
+            (grad,) = torch.autograd.grad(self.criterion(self.model(leaf), self.y).sum(), leaf)
         except RuntimeError:
             return False
-        return True
+        return bool(grad.isfinite().all())
 
 
 def _holders_of_graphs(model: nn.Module) -> list[str]:
@@ -238,32 +237,31 @@ def _why_no_forward(error: Exception) -> tuple[str, str]:
     return f"the forward pass raises {type(error).__name__}: {error}", _MEND_FIRST
 
 
-def _without_a_first(mend: str) -> str:
-    """A mend for what has no first derivative either, which finite differences need."""
-    return mend.replace(f"; {OR_FINITE_DIFFERENCE}", "").replace(_INSTEAD, "Train without it.")
-
-
-def _diagnosis(operation: str, message: str) -> tuple[str, str]:
-    """Problem and mend for an autograd node that cannot be differentiated again."""
+def _diagnosis(operation: str, message: str) -> tuple[str, str, bool]:
+    """Problem and mend for an autograd node that cannot be differentiated again, and whether it can be once."""
     if operation.startswith("ScaledDotProduct"):
         return (
             f"fused attention ({operation}) has no second derivative.",
             "Run the forward pass `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`; in a timm model set "
             "`module.fused_attn = False` on these modules, or call timm.layers.set_fused_attn(False) before it is "
-            f"built; {OR_FINITE_DIFFERENCE}.",
+            "built",
+            True,
         )
     if operation.startswith("CompiledFunction"):
         return (
             "torch.compile makes a backward pass that cannot be differentiated again.",
-            f"Penalise the uncompiled model and compile the whole step instead; {OR_FINITE_DIFFERENCE}.",
+            "Penalise the uncompiled model and compile the whole step instead",
+            True,
         )
     if operation == "CheckpointFunctionBackward":
         return (
             "reentrant checkpointing cannot take part in torch.autograd.grad.",
-            "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+            "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+            False,
         )
     return (
         f"{operation} cannot be differentiated twice" + (f" ({message})." if message else "."),
         "If it is an activation, train smoothify(model); if it is an autograd.Function, write its backward of "
-        f"differentiable operations, without once_differentiable; {OR_FINITE_DIFFERENCE}.",
+        "differentiable operations, without once_differentiable",
+        True,
     )

@@ -155,7 +155,7 @@ def _under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+    return tuple(value) * (2 // len(value)) if isinstance(value, Sequence) else (int(value), int(value))
 
 
 def _conv2d(
