@@ -187,7 +187,7 @@ def table(results: dict[str, dict]) -> str:
 
 def plot_input_gradients(models: dict[str, nn.Module], x: Tensor, y: Tensor, path: Path) -> None:
     """What each model looks at: which pixels would move its decision, the gradient of the margin."""
-    figure = Figure(figsize=(7, 1.05 * len(x) + 0.8), layout="compressed", dpi=200)
+    figure = Figure(figsize=(7, 0.95 * len(x) + 0.8), layout="compressed", dpi=200)
     axes = figure.subplots(len(x), 1 + len(models), subplot_kw={"xticks": [], "yticks": []})
     for axis, image in zip(axes[:, 0], x, strict=True):
         axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
