@@ -129,6 +129,13 @@ class TestPoints:
         assert above is not None
         assert above[0] == pytest.approx(65 - height)
 
+    def test_seeds_count_that_all_have(self) -> None:
+        curve = [_result("PGD-3", 0, 80, 60), _result("PGD-3", 1, 80, 20), _result("PGD-3, 1.2 eps", 0, 70, 70)]
+        points = _points([*curve, _result("FGSM", 1, 75, 0), _result("FGSM", 0, 75, 66)])
+        above = points.above_curve("FGSM")
+        assert above is not None
+        assert above[0] == pytest.approx(66 - 65)
+
     def test_one_point_is_no_curve(self) -> None:
         assert _points([_result("PGD-3", 0, 80, 60), _result("FGSM", 0, 80, 50)]).above_curve("FGSM") is None
 

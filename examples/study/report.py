@@ -75,9 +75,11 @@ class Points:
         self.clean: dict[str, np.ndarray] = {}
         self.verdicts: dict[str, np.ndarray] = {}
         self.autoattack: dict[str, list[dict[str, Any]]] = {}
+        self._seeds: dict[str, list[int]] = {}
         for method in ALL:
             rows = [r for run, r in of_setting.items() if run.method == method and run.split == SPLIT]
             if rows:
+                self._seeds[method] = [row["seed"] for row in rows]
                 self.clean[method] = np.array([100 * row["clean"] / row["clean_of"] for row in rows])
                 self.verdicts[method] = np.array([unpack(row["verdicts"]) for row in rows], dtype=float) * 100
                 self.autoattack[method] = [row for row in rows if "autoattack" in row]
@@ -101,26 +103,31 @@ class Points:
     def above_curve(self, method: str) -> tuple[float, tuple[float, float]] | None:
         """Robust accuracy above that of the curve at the same clean accuracy, and its 95 % interval.
 
-        The curve is a straight line between its points, and goes on level beyond its ends.
+        The curve is a straight line between its points, and goes on level beyond its ends. Of the seeds, those count that
+        all of its methods have.
         """
         family = self.curve()
-        if len(family) < 2 or min(self.seeds(other) for other in family) < self.seeds(method):
+        common = set(self._seeds[method]).intersection(*(self._seeds[other] for other in family))
+        if len(family) < 2 or not common:
             return None
+        of_common = {name: [self._seeds[name].index(seed) for seed in sorted(common)] for name in {method, *family}}
+
+        def mean(name: str, seeds: np.ndarray, images: np.ndarray) -> tuple[float, float]:
+            rows = np.array(of_common[name])[seeds]
+            return self.clean[name][rows].mean(), self.verdicts[name][np.ix_(rows, images)].mean()
 
         def above(seeds: np.ndarray, images: np.ndarray) -> float:
-            points = sorted(
-                (self.clean[other][seeds].mean(), self.verdicts[other][np.ix_(seeds, images)].mean())
-                for other in family
-            )
-            height = np.interp(self.clean[method][seeds].mean(), *map(np.array, zip(*points, strict=True)))
-            return float(self.verdicts[method][np.ix_(seeds, images)].mean() - height)
+            places, heights = zip(*sorted(mean(other, seeds, images) for other in family), strict=True)
+            clean, robust = mean(method, seeds, images)
+            return float(robust - np.interp(clean, places, heights))
 
-        everything = np.arange(self.seeds(method)), np.arange(self.verdicts[method].shape[1])
-        return above(*everything), _central(above(*draw) for draw in self._draws(method))
+        everything = np.arange(len(common)), np.arange(self.verdicts[method].shape[1])
+        return above(*everything), _central(above(*draw) for draw in self._draws(method, len(common)))
 
-    def _draws(self, method: str) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    def _draws(self, method: str, seeds: int | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         generator = np.random.default_rng(0)
-        seeds, images = self.verdicts[method].shape
+        all_seeds, images = self.verdicts[method].shape
+        seeds = all_seeds if seeds is None else seeds
         for _ in range(DRAWS):
             yield generator.integers(seeds, size=seeds), generator.integers(images, size=images)
 
