@@ -103,8 +103,8 @@ class Points:
     def above_curve(self, method: str) -> tuple[float, tuple[float, float]] | None:
         """Robust accuracy above that of the curve at the same clean accuracy, and its 95 % interval.
 
-        The curve is a straight line between its points, and goes on level beyond its ends. Of the seeds, those count that
-        all of its methods have.
+        The curve is a straight line between its points, and goes on level beyond its ends. Of the seeds those count
+        that all of its methods have.
         """
         family = self.curve()
         common = set(self._seeds[method]).intersection(*(self._seeds[other] for other in family))
