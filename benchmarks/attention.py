@@ -60,14 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{title}, batch {len(x)}\n\n{table_of(lengths[str(tokens)])}", flush=True)
     clock = next(iter(lengths[str(args.tokens[0])]["natural, fused"]["seconds"]))
     report = {
-        "command": turns.command("attention", argv),
+        **turns.circumstances("attention", argv, args, device, "timm"),
         "model": args.model,
         "batch_size": args.batch_size or 4,
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "repeats": args.repeats,
-        "machine": turns.machine(device),
-        "versions": turns.versions("timm"),
         "tokens": lengths,
     }
     path = args.output / turns.stem(args.model, args.dtype, device)

@@ -148,14 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     parts = min(enough, default=None)
     report = {
-        "command": turns.command("memory", argv),
+        **turns.circumstances("memory", argv, args, device, "torchvision", "timm"),
         "model": args.model,
         "input": list(x.shape),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "repeats": args.repeats,
-        "machine": turns.machine(device),
-        "versions": turns.versions("torchvision", "timm"),
         "gradients_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "target": TARGET,
         "parts_that_reach_it": parts,

@@ -284,14 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     compiled = {name: name.removesuffix(", compiled") for name in contenders if name not in METHODS}
     report = {
-        "command": turns.command("step_cost", argv),
+        **turns.circumstances("step_cost", argv, args, device, "torchvision", "timm"),
         "model": args.model,
         "input": list(x.shape),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "repeats": args.repeats,
-        "machine": turns.machine(device),
-        "versions": turns.versions("torchvision", "timm"),
         "floor": {name: method.floor / 3 for name, method in METHODS.items()},
         "counted": {
             name: {**of_step, "flops_of_natural": of_step["flops"] / counts["natural"]["flops"]}

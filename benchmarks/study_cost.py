@@ -46,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     x = torch.rand(args.batch_size or BATCH_SIZE, 1, 28, 28)
     y = torch.arange(len(x)) % 10
     report: dict[str, object] = {
-        "command": turns.command("study_cost", argv),
-        "machine": turns.machine(device),
-        "versions": turns.versions(),
-        "rounds": args.rounds,
-        "repeats": args.repeats,
+        **turns.circumstances("study_cost", argv, args, device),
     }
     for net in NETS:
         repeats = []

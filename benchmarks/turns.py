@@ -218,6 +218,20 @@ def command(script: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", f"benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)])
 
 
+def circumstances(
+    script: str, argv: Sequence[str] | None, args: argparse.Namespace, device: torch.device, *packages: str
+) -> dict[str, object]:
+    """What every report begins with: the command, its options as they were taken, the machine, and versions."""
+    return {
+        "command": command(script, argv),
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "repeats": args.repeats,
+        "machine": machine(device),
+        "versions": versions(*packages),
+    }
+
+
 def stem(model: str, dtype: str, device: torch.device) -> str:
     """The name of a report's files: other settings, another name."""
     return "-".join([model, *([dtype] if dtype != "float32" else []), *([device.type] if device.type != "cpu" else [])])

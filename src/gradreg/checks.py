@@ -157,10 +157,6 @@ def check_not_normalized_twice(lowest: float, highest: float) -> None:
         )
 
 
-def _brief(value: float | Tensor) -> str:
-    return f"{value.max().item() if isinstance(value, Tensor) else value:.4g}"
-
-
 def check_no_graph(x: Tensor) -> None:
     """Raise if x was computed from something that could be trained."""
     if x.grad_fn is not None:
@@ -168,3 +164,7 @@ def check_no_graph(x: Tensor) -> None:
             "x carries a graph, which a penalty on its gradient would cut. Make what computes x a part of the "
             "model, or pass x.detach() if nothing before it is to be trained."
         )
+
+
+def _brief(value: float | Tensor) -> str:
+    return f"{value.max().item() if isinstance(value, Tensor) else value:.4g}"

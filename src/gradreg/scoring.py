@@ -67,7 +67,10 @@ class SingleForward(Forward):
         """The score of these values, which are ``score_of(self.logits)``."""
 
     def take_along(self, x: Tensor) -> None:
-        """Let the model see these samples, too, when it next looks at another input: one pass in the place of two."""
+        """Let the model see these samples, too, when it next looks at another input: one pass in the place of two.
+
+        To be called before anything else draws a random number.
+        """
         return
 
     def taken_along(self) -> Tensor | None:
@@ -126,8 +129,6 @@ class EagerForward(SingleForward):
         start = self._leaf.clone() if differentiable else self._leaf
         with around(self._leaf):
             logits = model(start)
-        state = self._random_state
-        self._is_random = state is not None and not modes.is_state(state, x.device)
         self._read(logits, look=look)
         self._grad: Tensor | None = None
         if one_pass and differentiable:
@@ -160,7 +161,8 @@ class EagerForward(SingleForward):
         return logits[: len(z)]
 
     def take_along(self, x: Tensor) -> None:
-        if not self._is_random:  # with other samples in a pass, other numbers would be drawn for these
+        # A pass that draws random numbers would draw others for its own samples if these were among them.
+        if self._random_state is not None and modes.is_state(self._random_state, x.device):
             self._waiting = x
 
     def taken_along(self) -> Tensor | None:

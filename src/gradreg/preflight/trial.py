@@ -13,15 +13,7 @@ from gradreg.criteria import Criterion
 from gradreg.gradients import check_scores, input_gradient, new_nodes
 from gradreg.penalties import grad_norm
 from gradreg.preflight.comparison import compare
-from gradreg.preflight.report import (
-    OR_FINITE_DIFFERENCE,
-    Finding,
-    FoundError,
-    complaint_of,
-    failure,
-    join,
-    modules_of,
-)
+from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, complaint_of, failure, join, modules_of
 from gradreg.preflight.restore import filled
 from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, tensors_in
 from gradreg.threat_models import Linf

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gradreg.gradients import Node
-from gradreg.second_derivatives.engine import asked_for, will_run
+from gradreg.second_derivatives.engine import Gradients, asked_for, will_run
 
 _aten = torch.ops.aten
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Mask = tuple[bool, bool, bool]
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gradreg.gradients import Node
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # with respect to x, weight and bias
+
 
 def asked_for(ctx: Any) -> list[bool]:
     """Which inputs of a function a backward pass wants gradients of.

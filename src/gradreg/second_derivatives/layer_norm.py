@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradreg.second_derivatives.engine import asked_for, composed
+from gradreg.second_derivatives.engine import Gradients, asked_for, composed
 
 _aten = torch.ops.aten
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class LayerNorm(Function):
