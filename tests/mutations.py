@@ -85,9 +85,11 @@ MUTATIONS = [
     ),
     # second derivatives
     Mutation(
-        "objective.py", "around=SecondDerivatives if active and self._is_fused()", "around=SecondDerivatives if active"
+        "objective.py",
+        "return SecondDerivatives if self.differentiation.fused else nullcontext",
+        "return SecondDerivatives",
     ),
-    Mutation("objective.py", "and self.differentiation.fused", "and False"),
+    Mutation("objective.py", "return SecondDerivatives if self.differentiation.fused else", "return"),
     Mutation(
         "second_derivatives/affine.py",
         "if ctx.accumulator is not None and will_run(ctx.accumulator, by_name=False):",
@@ -107,7 +109,7 @@ MUTATIONS = [
     Mutation("second_derivatives/affine.py", ".flip(2, 4)", ""),
     Mutation("second_derivatives/affine.py", "padding=(high - 1, wide - 1)", "padding=(wide - 1, high - 1)"),
     Mutation("second_derivatives/affine.py", "down + x.shape[2] - spread.shape[2]", "x.shape[2] - spread.shape[2]"),
-    Mutation("second_derivatives/affine.py", "self.groups == 1 and self.dilation == (1, 1) and", ""),
+    Mutation("second_derivatives/affine.py", "return strided and self.groups == 1 and", "return strided and"),
     Mutation("second_derivatives/activations.py", "value=math.log(2)", "value=1.0"),
     Mutation("second_derivatives/activations.py", "x.clamp(-16, 16) if x.dtype == torch.float16 else x", "x"),
     Mutation("second_derivatives/activations.py", "value=3 * b", "value=b"),
@@ -136,16 +138,22 @@ MUTATIONS = [
         "return Affine.apply(layer, _accumulator(input, leaf), input, weight, bias)",
     ),
     Mutation(
-        "second_derivatives/calls.py", "if groups > 1 and height * width > 9:", "if groups > 1 and height * width > 99:"
+        "second_derivatives/calls.py",
+        "if layer.groups > 1 and height * width > 9:",
+        "if layer.groups > 1 and height * width > 99:",
     ),
     Mutation("second_derivatives/calls.py", "if not inplace and _is_large(input)", "if _is_large(input)"),
     # gradients and differentiation
     Mutation(
         "gradients.py",
-        "torch.autograd.grad(losses.sum(), x, create_graph=create_graph",
-        "torch.autograd.grad(losses.mean(), x, create_graph=create_graph",
+        "_gradients(losses.sum(), x, create_graph=create_graph",
+        "_gradients(losses.mean(), x, create_graph=create_graph",
     ),
-    Mutation("gradients.py", "retain_graph=True, allow_unused=True", "retain_graph=create_graph, allow_unused=True"),
+    Mutation(
+        "gradients.py",
+        "create_graph=create_graph, retain_graph=True)",
+        "create_graph=create_graph, retain_graph=create_graph)",
+    ),
     Mutation("gradients.py", "    check_scores(losses, x)\n    if not x.requires_grad", "    if not x.requires_grad"),
     Mutation("differentiation.py", "return values.detach() + derivative - derivative.detach()", "return derivative"),
     Mutation(
@@ -155,11 +163,11 @@ MUTATIONS = [
     ),
     Mutation("differentiation.py", "rise if self.one_pass else torch", "torch"),
     Mutation("gradients.py", "if any(leaf._backward_hooks for leaf in leaves):", "if False:"),
-    Mutation("gradients.py", "[parameter_grad / scale for parameter_grad in parameter_grads]", "parameter_grads"),
+    Mutation("gradients.py", "of_leaf if scale == 1 else of_leaf / scale", "of_leaf"),
     Mutation(
         "gradients.py",
-        "_CarriesGradients.apply(losses.detach(), parameter_grads",
-        "_CarriesGradients.apply(losses, parameter_grads",
+        "_CarriesGradients.apply(losses.detach(), grads",
+        "_CarriesGradients.apply(losses, grads",
     ),
     Mutation("gradients.py", "if torch.is_grad_enabled():  # under", "if False:  # under"),
     Mutation("gradients.py", "factor = cotangents[0]", "factor = cotangents.sum()"),
@@ -193,11 +201,12 @@ MUTATIONS = [
     ),
     Mutation("scoring.py", "        buffer.copy_(updated[name])", "        pass"),
     Mutation("objective.py", "if weight > 0]", "]"),
-    Mutation("scoring.py", "in_order = order.argsort()", "in_order = torch.arange(len(x))"),
-    Mutation("scoring.py", "None if classes is None else classes[self._rows]", "classes"),
+    Mutation("scoring.py", "in_order = self._order.argsort()", "in_order = torch.arange(len(self._order))"),
+    Mutation("scoring.py", "None if classes is None else classes[self._drawn]", "classes"),
     Mutation("scoring.py", "order = torch.randperm(len(x), device=x.device)", "order = torch.arange(len(x))"),
     Mutation("scoring.py", "return max(1, round(fraction * count))", "return round(fraction * count)"),
-    Mutation("scoring.py", "            self.logits = self.logits.detach()\n", ""),
+    Mutation("objective.py", "loss, logits = loss.detach(), logits.detach()", "loss = loss.detach()"),
+    Mutation("scoring.py", "is not None and modes.is_state(self._random_state, x.device):", "is not None:"),
     Mutation("objective.py", "total = loss_weight * loss", "total = loss"),
     Mutation("objective.py", "total = total + weights[name] * value.mean()", "total = total + value.mean()"),
     Mutation("objective.py", "x = x + self.noise.sample_like(x)", "pass"),
