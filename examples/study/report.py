@@ -23,10 +23,11 @@ MARKERS = "osv^DP*X"
 
 INTRODUCTION = """# Fashion-MNIST: the tables
 
-Runs of `python examples/fashion_mnist.py`, which has the options; made from `runs.json` by its `--report`. Clean: 10,000 test
-images. Robust: the first 1,000 under APGD-CE and APGD-T (9 targets, dropped by halves). Intervals are bootstraps of images and
-seeds together; with one seed they hold no other training. AutoAttack: how many of the first 200 withstand its standard
-version, for each seed tried. Cost: CPU time of a step, natural = 1, `python benchmarks/study_cost.py --threads 1`.
+Runs of `python examples/fashion_mnist.py`, which has the options; made from `runs.json` by its `--report`.
+Clean: 10,000 test images. Robust: the first 1,000 under APGD-CE and APGD-T (9 targets, dropped by halves).
+Intervals are bootstraps of images and seeds together; with one seed they hold no other training. AutoAttack:
+how many of the first 200 withstand its standard version, for each seed tried. Cost: CPU time of a step,
+natural = 1, `python benchmarks/study_cost.py --threads 1`.
 """
 
 Setting = tuple[str, str, int]  # net, eps, steps
