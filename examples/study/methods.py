@@ -49,6 +49,7 @@ def grad_norm(
     *,
     loss_weight: float = 0.8,
     differentiation: Differentiation | None = None,
+    bounds: tuple[float, float] | None = None,
     noise: float = 0.0,
     fraction: float = 1.0,
     k: int = 1,
@@ -59,6 +60,7 @@ def grad_norm(
         weight: Of the penalty.
         loss_weight: Of the loss.
         differentiation: How the penalty is differentiated.
+        bounds: Of the pixels, where only what leaves an image an image is penalised.
         noise: Radius of the noise, in units of the threat model.
         fraction: Share of the batch that is penalised.
         k: The penalty is taken at every k-th step.
@@ -68,7 +70,7 @@ def grad_norm(
         rising = linear_ramp(weight, duration=warm_up)
         return PenalizedLoss(
             CROSS_ENTROPY,
-            {"grad_norm": Term(GradNormPenalty(threat), weight=rising if k == 1 else every(k, rising))},
+            {"grad_norm": Term(GradNormPenalty(threat, bounds=bounds), weight=rising if k == 1 else every(k, rising))},
             loss_weight=loss_weight,
             differentiation=differentiation,
             noise=threat.scaled(noise) if noise else None,
@@ -88,11 +90,12 @@ def edges(weight: float) -> Callable[[Linf, float], PenalizedLoss]:
     return objective
 
 
-def noisy(weight: float, fraction: float) -> Method:
+def noisy(weight: float, fraction: float = 1.0, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Method:
     """Finite differences of a full step from a noisy start: its two points lie where N-FGSM's do."""
+    difference = FiniteDifference(1.0, one_pass=True)
     return Method(
-        grad_norm(weight, differentiation=FiniteDifference(1.0, one_pass=True), noise=1.0, fraction=fraction),
-        family=f"noisy differences, {fraction:g} of the batch",
+        grad_norm(weight, differentiation=difference, bounds=bounds, noise=1.0, fraction=fraction),
+        family=f"noisy differences, {fraction:g} of the batch{'' if bounds else ', without bounds'}",
     )
 
 
@@ -121,32 +124,41 @@ METHODS: dict[str, Method] = {
     "GradNorm, differences, every 4th step": Method(
         grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True))
     ),
-    "GradNorm, differences, quarter": Method(
-        grad_norm(differentiation=FiniteDifference(0.25, one_pass=True), fraction=0.25)
-    ),
+    "noisy differences, 0.4": noisy(0.4),
+    "noisy differences, 0.6": noisy(0.6),
+    "noisy differences, half, 0.4": noisy(0.4, 0.5),
     "noisy differences, half, 0.6": noisy(0.6, 0.5),
-    "noisy differences, half, 0.8": noisy(0.8, 0.5),
-    "noisy differences, half, 1.0": noisy(1.0, 0.5),
-    "noisy differences, quarter, 1.0": noisy(1.0, 0.25),
+    "noisy differences, quarter, 0.4": noisy(0.4, 0.25),
     "FGSM": Method(attack=lambda threat: FGSM(threat)),
     "PGD-1": Method(attack=lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False)),
+    "N-FGSM, 0.8 eps": n_fgsm(0.8, 1.0),
     "N-FGSM": n_fgsm(1.0, 1.0),
-    "N-FGSM, 1.2 eps": n_fgsm(1.2, 1.0),
+    "PGD-3, 0.6 eps": pgd_3(0.6),
     "PGD-3, 0.8 eps": pgd_3(0.8),
     "PGD-3": pgd_3(1.0),
     "PGD-3, 1.2 eps": pgd_3(1.2),
-    "PGD-3, 1.4 eps": pgd_3(1.4),
 }
 
 # What takes the cheap estimators apart, to be run for fewer seeds.
 ABLATIONS: dict[str, Method] = {
     "GradNorm, half of the batch": Method(grad_norm(fraction=0.5)),
     "GradNorm, differences": Method(grad_norm(differentiation=FiniteDifference(0.25, one_pass=True))),
-    "GradNorm at noise": Method(grad_norm(noise=1.0)),
-    "full step without noise": Method(grad_norm(1.0, differentiation=FiniteDifference(1.0, one_pass=True))),
-    "noisy differences, 1.0": noisy(1.0, 1.0),
-    "noisy differences, half, 1.2": noisy(1.2, 0.5),
+    "GradNorm, differences, quarter": Method(
+        grad_norm(differentiation=FiniteDifference(0.25, one_pass=True), fraction=0.25)
+    ),
+    "GradNorm in bounds": Method(grad_norm(bounds=(0.0, 1.0))),
+    "GradNorm in bounds at noise": Method(grad_norm(bounds=(0.0, 1.0), noise=1.0)),
+    "full step in bounds without noise": Method(
+        grad_norm(0.6, differentiation=FiniteDifference(1.0, one_pass=True), bounds=(0.0, 1.0))
+    ),
+    "noisy differences, 0.6, without bounds": noisy(0.6, bounds=None),
+    "noisy differences, half, 0.6, without bounds": noisy(0.6, 0.5, bounds=None),
+    "noisy differences, half, 0.8, without bounds": noisy(0.8, 0.5, bounds=None),
+    "noisy differences, half, 1.0, without bounds": noisy(1.0, 0.5, bounds=None),
+    "noisy differences, quarter, 1.0, without bounds": noisy(1.0, 0.25, bounds=None),
+    "N-FGSM, 1.2 eps": n_fgsm(1.2, 1.0),
     "N-FGSM, noise 2 eps": n_fgsm(1.0, 2.0),
+    "PGD-3, 1.4 eps": pgd_3(1.4),
 }
 
 ALL = METHODS | ABLATIONS

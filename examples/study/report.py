@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from study.methods import ALL
+from study.methods import ALL, METHODS
 from study.models import NETS
 from study.runs import Run, unpack
 
@@ -103,7 +103,7 @@ class Points:
 
     def curve(self) -> list[str]:
         """The methods of the family that the others are measured by, as far as there are runs."""
-        return [method for method in self.clean if ALL[method].family == CURVE]
+        return [name for name, method in METHODS.items() if method.family == CURVE and name in self.clean]
 
     def interval(self, method: str) -> tuple[float, float]:
         """Of the robust accuracy, 95 %."""

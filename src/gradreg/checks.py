@@ -148,6 +148,19 @@ def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
         )
 
 
+def check_unit_of_bounds(lowest: float, highest: float, low: float, high: float) -> None:
+    """Raise if values of this range lie so far outside of the bounds that these are in another unit.
+
+    Augmentation that leaves the range of pixels (random erasing reaches half of it beyond) is no other unit.
+    """
+    if lowest < low - (slack := 0.75 * (high - low)) or highest > high + slack:
+        raise ValueError(
+            f"x lies in [{lowest:.3g}, {highest:.3g}], far outside of the penalty's bounds [{low:.3g}, {high:.3g}]: "
+            "they are in another unit. For images that a loader normalised give bounds=((0 - mean) / std, (1 - mean) / "
+            "std) and eps / std, or let the model normalise (with_normalization)."
+        )
+
+
 def check_not_normalized_twice(lowest: float, highest: float) -> None:
     """Raise if values of this range cannot be pixels of [0, 1], though the model normalises and takes just those."""
     if lowest < -0.75 or highest > 2:

@@ -152,6 +152,8 @@ class FiniteDifference(Differentiation):
                 "above 0 everywhere."
             )
         moves = size > 0
+        if getattr(function, "gradient_is_perturbation", False):
+            size = moves.to(size.dtype)  # it is taken as it is: bounds may have made it shorter
         per_step = torch.where(moves, self.step / size.where(moves, 1.0), 0.0)
         displacement = per_step.view(-1, *[1] * (grad.ndim - 1)) * direction
         displacement = displacement.to(score.x.dtype)

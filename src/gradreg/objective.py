@@ -20,7 +20,7 @@ from gradreg.schedules import Schedule
 from gradreg.scoring import EagerForward, Forward, Model, SingleForward, SplitForward, TransformedForward, drawn
 from gradreg.second_derivatives import FirstDerivatives, SecondDerivatives
 from gradreg.selectors import ClassSelector
-from gradreg.threat_models import Linf, ThreatModel
+from gradreg.threat_models import Bounds, Linf, ThreatModel, bounds_like, clamped_
 
 
 @final
@@ -105,7 +105,7 @@ class PenalizedLoss(nn.Module):
             :class:`gradreg.FiniteDifference`.
         noise: A ball in which the whole objective, loss and penalties, is taken at a random point around x, one for
             each sample: ``Linf(4 / 255)``. In expectation that is the objective smoothed over the ball. The points are
-            not clipped to a range of pixels.
+            clamped to the bounds of the penalties, if these have any.
         fraction: The share of the batch whose penalties are computed, drawn anew at every call: 0.25 is a quarter, at
             a quarter of the cost beside the loss. The expected gradient is that of all samples, for penalties and
             criteria of one sample at a time. Not for models that normalise by the statistics of the batch; and
@@ -184,6 +184,7 @@ class PenalizedLoss(nn.Module):
         self.loss_weight = loss_weight
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.noise = noise
+        self._bounds = _common_bounds(self.terms) if noise is not None else None
         self.fraction = fraction
         self.inner_scale = inner_scale
         self.validate = validate
@@ -226,6 +227,8 @@ class PenalizedLoss(nn.Module):
             x = x.detach()
         if self.noise is not None:
             x = x + self.noise.sample_like(x)
+            if self._bounds is not None:
+                x = clamped_(x, bounds_like(self._bounds, x))
 
         def forward_of(x: Tensor, y: Tensor, penalised: bool) -> SingleForward:
             if transformed:
@@ -303,7 +306,13 @@ class PenalizedLoss(nn.Module):
             checks.check_not_normalized_twice(lowest, highest)
         for name in active:
             threat = getattr(self.terms[name].penalty, "threat", None)
-            if isinstance(threat, Linf) and lowest >= 0 and highest <= 1:
+            bounds = getattr(self.terms[name].penalty, "bounds", None)
+            if bounds is not None:
+                low, high = (torch.as_tensor(side) for side in bounds)
+                checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())
+                if isinstance(threat, Linf):
+                    checks.check_radius(threat.eps, high - low)
+            elif isinstance(threat, Linf) and lowest >= 0 and highest <= 1:
                 checks.check_radius(threat.eps, 1.0)
             elif isinstance(threat, Linf) and highest > 16 and torch.as_tensor(threat.eps).max().item() < 1:
                 checks.warn(
@@ -342,6 +351,19 @@ class PenalizedModel(nn.Module):
     ) -> PenalizedOutput:
         """The objective of the model on one batch; see :meth:`PenalizedLoss.forward`."""
         return self.objective(self.model, x, y, t, classes=classes)
+
+
+def _common_bounds(terms: Mapping[str, Term]) -> Bounds | None:
+    """The bounds that the penalties have, if any.
+
+    Raises:
+        ValueError: If they have several.
+    """
+    found = [bounds for term in terms.values() if (bounds := getattr(term.penalty, "bounds", None)) is not None]
+    sides = [[torch.as_tensor(side) for side in bounds] for bounds in found]
+    if any(not all(map(torch.equal, other, sides[0])) for other in sides):
+        raise ValueError(f"PenalizedLoss: noisy points can be clamped to one range, and the penalties have {found}.")
+    return found[0] if found else None
 
 
 def _grouped(terms: Mapping[str, Term]) -> list[tuple[ClassSelector | None, list[str]]]:

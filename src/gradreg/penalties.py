@@ -6,27 +6,34 @@ to measure, and any function of ``(grad, x)`` that returns one number per sample
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradreg.edges import oriented_energy
-from gradreg.threat_models import ThreatModel, at_least_float32, unit
+from gradreg.threat_models import Bounds, Box, ThreatModel, at_least_float32, check_bounds_form, room, unit
 
 EnergyFunction = Callable[..., Tensor]
 Level = Literal["sample", "batch"]
 
 
 class Penalty(nn.Module, ABC):
-    """A penalty as a module without state: what :class:`gradreg.Term` takes, beside plain functions."""
+    """A penalty as a module without state: what :class:`gradreg.Term` takes, beside plain functions.
+
+    Attributes:
+        gradient_is_perturbation: Whether its gradient with respect to ``grad`` is a perturbation of its threat model,
+            along which :class:`gradreg.FiniteDifference` steps as it is; any other gradient is a direction alone.
+    """
+
+    gradient_is_perturbation: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, grad: Float[Tensor, "B *x"], x: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         """One number per sample, differentiable with respect to grad."""
 
 
-def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel) -> Float[Tensor, "B"]:
+def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel, *, box: Box | None = None) -> Float[Tensor, "B"]:
     r"""First-order estimate of how much the loss can rise inside the threat model, :math:`\|\varepsilon g_b\|_q`.
 
     For ``Linf(eps)`` it is :math:`\varepsilon \|g_b\|_1`, the penalty of Rodríguez Muñoz ("Adversarial robustness
@@ -35,6 +42,8 @@ def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel) -> Float[Tensor,
     Args:
         grad: Gradient of the per-sample loss with respect to the input, from :func:`gradreg.input_gradient`.
         threat: The perturbations to withstand.
+        box: Lower and upper limits of each coordinate's change, ``(-x, 1 - x)`` for pixels x in [0, 1]: the rise is
+            then that of perturbations which leave an image an image.
 
     Returns:
         One number per sample, in units of the loss; in float32 for gradients in half precision.
@@ -44,7 +53,7 @@ def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel) -> Float[Tensor,
         >>> grad_norm(torch.tensor([[3.0, -4.0]]), Linf(eps=0.5))
         tensor([3.5000])
     """
-    return threat.dual_norm(grad)
+    return threat.dual_norm(grad) if box is None else threat.dual_norm(grad, box)
 
 
 @final
@@ -56,33 +65,62 @@ class GradNormPenalty(Penalty):
     activations (:func:`gradreg.smoothify`): the input gradient of a piecewise linear model has a derivative of 0
     with respect to every bias almost everywhere, and the penalty collapses (section 4.3 there).
 
+    With ``bounds`` only perturbations count that leave every pixel in its range, which are all that an attack can make:
+
+    .. math:: R_b = \max \{\langle g_b, \delta\rangle : \|\delta/\varepsilon\|_p \le 1,\ l \le x_b + \delta \le h\}
+
+    For ``Linf(eps)`` that is :math:`\sum_i g_i^+ \min(\varepsilon, h - x_i) + g_i^- \min(\varepsilon, x_i - l)`, so
+    that a pixel which is black already has nothing to pay for a slope downwards. The thesis has no bounds.
+
     Args:
         threat: The perturbations to withstand, in the units of the model's input.
+        bounds: Lowest and highest value of an input, as attacks have them: ``(0.0, 1.0)`` for pixels, tensors of shape
+            ``(C, 1, 1)`` for images that a loader normalised. None: any perturbation of the threat model counts.
 
     Shape:
-        grad ``(B, ...)``, x (unused) ``(B, ...)`` or absent; result ``(B,)``.
+        grad ``(B, ...)``, x ``(B, ...)``, or absent where there are no bounds; result ``(B,)``.
+
+    Raises:
+        TypeError: If threat is no threat model.
+        ValueError: If bounds have one dimension; when called, if there are bounds and no x.
 
     Example:
         >>> from gradreg import Linf
         >>> GradNormPenalty(Linf(eps=0.5))(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))
         tensor([3.5000, 0.5000])
+
+        A black pixel cannot get darker, and a white one no lighter:
+
+        >>> black, white = torch.tensor([[0.0, 0.2]]), torch.tensor([[1.0, 0.2]])
+        >>> penalty = GradNormPenalty(Linf(eps=0.5), bounds=(0.0, 1.0))
+        >>> penalty(torch.tensor([[3.0, -4.0]]), black), penalty(torch.tensor([[3.0, -4.0]]), white)
+        (tensor([2.3000]), tensor([0.8000]))
     """
 
-    def __init__(self, threat: ThreatModel) -> None:
+    gradient_is_perturbation = True
+
+    def __init__(self, threat: ThreatModel, *, bounds: Bounds | None = None) -> None:
         super().__init__()
         if not isinstance(threat, ThreatModel):
             raise TypeError(
                 f"GradNormPenalty: expected a threat model such as Linf(4 / 255), got {type(threat).__name__}."
             )
+        if bounds is not None:
+            check_bounds_form(bounds)
         self.threat = threat
+        self.bounds = bounds
 
     def forward(self, grad: Float[Tensor, "B *x"], x: Float[Tensor, "B *x"] | None = None) -> Float[Tensor, "B"]:
         """The dual norm of each sample's gradient."""
-        return grad_norm(grad, self.threat)
+        if self.bounds is None:
+            return grad_norm(grad, self.threat)
+        if x is None:
+            raise ValueError("GradNormPenalty: with bounds it depends on where x is: call penalty(grad, x).")
+        return grad_norm(grad, self.threat, box=room(at_least_float32(x), self.bounds))
 
     def extra_repr(self) -> str:
-        """The threat model, for ``repr``."""
-        return repr(self.threat)
+        """The settings, for ``repr``."""
+        return repr(self.threat) if self.bounds is None else f"{self.threat!r}, bounds={self.bounds}"
 
 
 def edge_alignment(

@@ -7,7 +7,7 @@ rise inside it), the maximiser (where it rises most), the projection onto it, an
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, final
 
@@ -16,7 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Eps = float | Tensor
+Bounds = tuple[float | Tensor, float | Tensor]
 Box = tuple[Tensor, Tensor]
+
+_FAR = 1e15  # times as far as the ball; its square, added over all coordinates, is still a number in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +69,25 @@ class ThreatModel(ABC):
         r"""Size of a perturbation in units of the ball, :math:`\|\delta/\varepsilon\|_p`: at most 1 inside."""
 
     @abstractmethod
-    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+    def dual_norm(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B"]:
         r"""Largest rise of a linear function in the ball, :math:`\max_\delta \langle g, \delta \rangle`.
 
-        It is the dual norm :math:`\|\varepsilon g\|_q`. Differentiable; its gradient is :meth:`maximizer`. Computed in
-        float32 for half-precision input.
+        It is the dual norm :math:`\|\varepsilon g\|_q`; in a box, where not every perturbation is allowed, less.
+        Differentiable; its gradient is :meth:`maximizer`. Computed in float32 for half-precision input.
+
+        Args:
+            grad: Gradients g.
+            box: Limits of each coordinate, as in :meth:`project`. The result then has a first derivative alone.
         """
 
     @abstractmethod
-    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
-        r"""The perturbation of the ball at which :math:`\langle g, \delta\rangle` is largest (0 where g is 0)."""
+    def maximizer(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
+        r"""The perturbation of the ball at which :math:`\langle g, \delta\rangle` is largest (0 where g is 0).
+
+        Args:
+            grad: Gradients g.
+            box: Limits of each coordinate, as in :meth:`project`.
+        """
 
     @abstractmethod
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
@@ -116,6 +128,11 @@ class ThreatModel(ABC):
     def rows(self, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]) -> "ThreatModel":
         """The threat model of some samples of the batch x: follows a per-sample eps, leaves any other as it is."""
         return self.with_eps(rows_of(self.eps, rows, x))
+
+    def _rise(self, grad: Tensor, box: Box) -> Tensor:
+        """The dual norm in a box. Where the maximiser turns, the linear function does not rise: it counts as fixed."""
+        grad = at_least_float32(grad)
+        return (_samples(grad) * _samples(self.maximizer(grad.detach(), box))).sum(1)
 
     def _eps_like(self, tensor: Tensor) -> Eps:
         """The radius, ready to be multiplied with tensor."""
@@ -165,12 +182,15 @@ class Linf(ThreatModel):
     def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         return _samples(self._units(delta)).abs().amax(1)
 
-    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+    def dual_norm(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B"]:
+        if box is not None:
+            return self._rise(grad, box)
         return _samples(self._stretch(at_least_float32(grad))).abs().sum(1)
 
-    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
+    def maximizer(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         signs, eps = grad.sign(), self._eps_like(grad)
-        return signs * eps if isinstance(eps, Tensor) else signs.mul_(eps)  # in place: it is a new tensor
+        best = signs * eps if isinstance(eps, Tensor) else signs.mul_(eps)  # in place: it is a new tensor
+        return best if box is None else best.clamp(*box)
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         eps = self._eps_like(delta)
@@ -199,11 +219,17 @@ class L2(ThreatModel):
     def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         return length(self._units(delta))
 
-    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+    def dual_norm(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B"]:
+        if box is not None:
+            return self._rise(grad, box)
         return length(self._stretch(at_least_float32(grad)))
 
-    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
-        return self._stretch(unit(self._stretch(at_least_float32(grad)))).to(grad.dtype)
+    def maximizer(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
+        direction = unit(self._stretch(at_least_float32(grad)))
+        if box is None:
+            return self._stretch(direction).to(grad.dtype)
+        # Of all points far out along the gradient, the nearest in ball and box is the same, and rises most.
+        return self.project(self._stretch(direction * _FAR), box).to(grad.dtype)
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         r"""The nearest point, exact also where ball and box both bind.
@@ -275,12 +301,17 @@ class L1(ThreatModel):
     def norm(self, delta: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
         return _samples(self._units(delta)).abs().sum(1)
 
-    def dual_norm(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
+    def dual_norm(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B"]:
+        if box is not None:
+            return self._rise(grad, box)
         return _samples(self._stretch(at_least_float32(grad))).abs().amax(1)
 
-    def maximizer(self, grad: Float[Tensor, "B *x"]) -> Float[Tensor, "B *x"]:
+    def maximizer(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         scaled = _samples(self._stretch(at_least_float32(grad)))
-        return self._stretch(_filled(scaled, torch.ones_like(scaled)).view_as(grad)).to(grad.dtype)
+        capacity = torch.ones_like(scaled)
+        if box is not None:
+            capacity = self._capped(capacity, scaled, (side.expand_as(grad) for side in box))
+        return self._stretch(_filled(scaled, capacity).view_as(grad)).to(grad.dtype)
 
     def ascent(
         self, grad: Float[Tensor, "B *x"], delta: Float[Tensor, "B *x"], box: Box | None = None
@@ -290,9 +321,13 @@ class L1(ThreatModel):
         moving = (share * scaled.shape[1]).round().clamp(min=1)
         capacity = moving.reciprocal().view(-1, 1).to(scaled.dtype).expand_as(scaled)
         if box is not None:
-            low, high = (_samples(self._shrink(side.expand_as(delta) - delta)) for side in box)
-            capacity = torch.minimum(capacity, torch.where(scaled < 0, -low, high).clamp(min=0.0))
+            capacity = self._capped(capacity, scaled, (side.expand_as(delta) - delta for side in box))
         return self._stretch(_filled(scaled, capacity).view_as(grad)).to(grad.dtype)
+
+    def _capped(self, capacity: Tensor, direction: Tensor, limits: Iterable[Tensor]) -> Tensor:
+        """What each coordinate may move in its direction, at most as far as these limits, below and above, are away."""
+        low, high = (_samples(self._shrink(limit)) for limit in limits)
+        return torch.minimum(capacity, torch.where(direction < 0, -low, high).clamp(min=0.0))
 
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         r"""The nearest point, exact also where ball and box both bind.
@@ -328,6 +363,33 @@ class L1(ThreatModel):
         sign = _empty(x).uniform_(-1, 1, generator=generator).sign()
         share = magnitude / _samples(magnitude).sum(1).view(_column(x))
         return self._stretch(sign * share * _radius_like(x, generator))
+
+
+def check_bounds_form(bounds: Bounds) -> None:
+    """Raise unless bounds are a lowest and a highest value, in a shape that can be told."""
+    if any(isinstance(side, Tensor) and side.ndim == 1 for side in bounds):
+        raise ValueError(
+            "bounds of one dimension could mean channels or columns: use bound.view(-1, 1, 1) for channels."
+        )
+
+
+def bounds_like(bounds: Bounds, x: Tensor) -> Bounds:
+    """Two numbers, or two tensors of the type of x and where it is."""
+    low, high = bounds
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.as_tensor(low).to(x), torch.as_tensor(high).to(x)
+    return bounds
+
+
+def clamped_(z: Tensor, bounds: Bounds) -> Tensor:
+    """Clamp z, in place, to two numbers or to two tensors."""
+    return z.clamp_(*bounds)  # type: ignore[arg-type]  # the stubs know either pair, not one type for both
+
+
+def room(x: Tensor, bounds: Bounds) -> Box:
+    """How far every coordinate may move, down and up; one outside of its bounds moves no further out."""
+    low, high = bounds_like(bounds, x)
+    return (low - x).clamp(max=0.0), (high - x).clamp(min=0.0)
 
 
 Value = TypeVar("Value", float | Tensor, Tensor)

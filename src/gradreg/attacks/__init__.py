@@ -10,7 +10,7 @@ from gradreg.attacks.attack import Attack
 from gradreg.attacks.autoattack import AutoAttack
 from gradreg.attacks.black_box import RandomSearch, TransferAttack
 from gradreg.attacks.iterated import APGDAttack, IteratedAttack, PGDAttack, TargetedAPGDAttack
-from gradreg.attacks.search import Bounds, pgd
+from gradreg.attacks.search import pgd
 from gradreg.attacks.single_step import FGSM, NFGSM
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "APGDAttack",
     "Attack",
     "AutoAttack",
-    "Bounds",
     "IteratedAttack",
     "PGDAttack",
     "RandomSearch",

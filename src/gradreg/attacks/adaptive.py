@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradreg import checks
-from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds, Search, check_attackable, check_search
-from gradreg.threat_models import L1, ThreatModel
+from gradreg.attacks.search import LossesAt, OutOfBounds, Search, check_attackable, check_search
+from gradreg.threat_models import L1, Bounds, ThreatModel
 
 
 def apgd(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from gradreg import checks, modes
-from gradreg.attacks.search import Bounds, LossesAt, OutOfBounds, check_attackable
+from gradreg.attacks.search import LossesAt, OutOfBounds, check_attackable
 from gradreg.criteria import Criterion, cross_entropy
 from gradreg.gradients import outside_inference_mode
-from gradreg.threat_models import Eps, ThreatModel
+from gradreg.threat_models import Bounds, Eps, ThreatModel
 
 Model = Callable[[Tensor], Tensor]
 

@@ -10,10 +10,19 @@ from torch import Tensor
 
 from gradreg import checks
 from gradreg.gradients import check_scores, in_transform, outside_inference_mode
-from gradreg.threat_models import Box, Eps, Linf, ThreatModel, rows_of
+from gradreg.threat_models import (
+    Bounds,
+    Eps,
+    Linf,
+    ThreatModel,
+    bounds_like,
+    check_bounds_form,
+    clamped_,
+    room,
+    rows_of,
+)
 
 LossesAt = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-Bounds = tuple[float | Tensor, float | Tensor]
 OutOfBounds = Literal["check", "clamp"]
 
 
@@ -114,7 +123,7 @@ class Search:
         self.x = outside_inference_mode(x).detach()
         self.losses_at = losses_at
         self.threat = threat
-        self.bounds = bounds if bounds is None or _are_numbers(bounds) else _bounds_like(self.x, bounds)
+        self.bounds = None if bounds is None else bounds_like(bounds, self.x)
         self.best = best
         self.look = look
         self.active = torch.arange(x.shape[0], device=x.device)
@@ -227,7 +236,7 @@ class Search:
     def result(self) -> Tensor:
         """The perturbed batch."""
         z = self.x + self.delta
-        return z if self.bounds is None else _clamped_(z, self.bounds)
+        return z if self.bounds is None else clamped_(z, self.bounds)
 
     def _settle(self) -> None:
         """What depends on who is in play: their inputs, their balls, and how far they may move."""
@@ -237,14 +246,13 @@ class Search:
         if self.bounds is None:
             self._sides, self._box = None, None
             return
-        low, high = self._sides = (rows_of(self.bounds[0], rows, self.x), rows_of(self.bounds[1], rows, self.x))
-        # A pixel outside of its bounds moves no further out.
-        self._box = (low - self._x).clamp(max=0.0), (high - self._x).clamp(min=0.0)
+        self._sides = rows_of(self.bounds[0], rows, self.x), rows_of(self.bounds[1], rows, self.x)
+        self._box = room(self._x, self._sides)
 
     def _point(self, delta: Tensor) -> Tensor:
         """The active samples, perturbed, and clamped: rounding, or an x outside of its bounds, may have left them."""
         z = self._x + delta
-        return z if self._sides is None else _clamped_(z, self._sides)
+        return z if self._sides is None else clamped_(z, self._sides)
 
     def _losses(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.losses_at(z, self.active)
@@ -331,20 +339,6 @@ def generator_of(seed: int | None, position: int, restart: int) -> torch.Generat
     return torch.Generator().manual_seed(int.from_bytes(key, "big"))
 
 
-def _clamped_(z: Tensor, bounds: Bounds) -> Tensor:
-    """Clamp z, in place, to two numbers or to two tensors."""
-    return z.clamp_(*bounds)  # type: ignore[arg-type]  # the stubs know either pair, not one type for both
-
-
-def _are_numbers(bounds: Bounds) -> bool:
-    return not any(isinstance(side, Tensor) for side in bounds)
-
-
-def _bounds_like(x: Tensor, bounds: Bounds) -> Box:
-    low, high = bounds
-    return torch.as_tensor(low).to(x), torch.as_tensor(high).to(x)
-
-
 def check_attackable(
     x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_bounds: OutOfBounds, look: bool
 ) -> None:
@@ -362,16 +356,14 @@ def check_attackable(
         )
     if out_of_bounds not in ("check", "clamp"):
         raise ValueError(f'out_of_bounds is "check" or "clamp", got {out_of_bounds!r}.')
-    if bounds is not None and any(isinstance(side, Tensor) and side.ndim == 1 for side in bounds):
-        raise ValueError(
-            "bounds of one dimension could mean channels or columns: use bound.view(-1, 1, 1) for channels."
-        )
+    if bounds is not None:
+        check_bounds_form(bounds)
     if not look:
         return
     if bounds is None:
         checks.finite_range(x)
         return
-    low, high = _bounds_like(x, bounds)
+    low, high = (torch.as_tensor(side).to(x) for side in bounds)
     if not bool((low < high).all()):
         raise ValueError(f"bounds are (lowest, highest) with lowest < highest, got {bounds}.")
     if isinstance(threat, Linf):

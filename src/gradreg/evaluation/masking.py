@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import modes
-from gradreg.attacks import FGSM, Attack, Bounds, PGDAttack, RandomSearch, TransferAttack, pgd
+from gradreg.attacks import FGSM, Attack, PGDAttack, RandomSearch, TransferAttack, pgd
 from gradreg.checks import GradregWarning
 from gradreg.criteria import cross_entropy, margin
 from gradreg.evaluation.report import Flag
 from gradreg.evaluation.setting import Model
 from gradreg.gradients import input_gradient
-from gradreg.threat_models import Linf, ThreatModel
+from gradreg.threat_models import Bounds, Linf, ThreatModel
 
 _STEPS = 50
 
