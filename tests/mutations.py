@@ -64,7 +64,32 @@ MUTATIONS = [
         "return _samples(self._stretch(at_least_float32(grad))).abs().sum(1)",
         "return _samples(self._stretch(at_least_float32(grad))).abs().mean(1)",
     ),
-    Mutation("threat_models.py", "return signs * eps if isinstance(eps, Tensor) else signs.mul_(eps)", "return signs"),
+    Mutation("threat_models.py", "best = signs * eps if isinstance(eps, Tensor) else signs.mul_(eps)", "best = signs"),
+    Mutation("threat_models.py", "return best if box is None else best.clamp(*box)", "return best"),
+    Mutation(
+        "threat_models.py",
+        "self.project(self._stretch(direction * _FAR), box)",
+        "self.project(self._stretch(direction), box)",
+    ),
+    Mutation("threat_models.py", "self._capped(capacity, scaled, (side.expand_as(grad) for side in box))", "capacity"),
+    Mutation(
+        "threat_models.py", "(side.expand_as(delta) - delta for side in box)", "(side.expand_as(delta) for side in box)"
+    ),
+    Mutation("threat_models.py", "torch.where(direction < 0, -low, high)", "high"),
+    Mutation("threat_models.py", "self.maximizer(grad.detach(), box)", "self.maximizer(grad.detach())"),
+    Mutation(
+        "threat_models.py", "return (low - x).clamp(max=0.0), (high - x).clamp(min=0.0)", "return low - x, high - x"
+    ),
+    Mutation("penalties.py", "box=room(at_least_float32(x), self.bounds)", "box=room(grad, self.bounds)"),
+    Mutation("penalties.py", "            check_bounds_form(bounds)", "            pass"),
+    Mutation("differentiation.py", "size = moves.to(size.dtype)", "pass"),
+    Mutation("objective.py", "x = clamped_(x, bounds_like(self._bounds, x))", "pass"),
+    Mutation("objective.py", "if any(not all(map(torch.equal, other, sides[0])) for other in sides):", "if False:"),
+    Mutation("objective.py", "checks.check_radius(threat.eps, high - low)", "checks.check_radius(threat.eps, 1.0)"),
+    Mutation(
+        "objective.py", "checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())", "pass"
+    ),
+    Mutation("checks.py", "(slack := 0.75 * (high - low))", "(slack := 0.25 * (high - low))"),
     Mutation("threat_models.py", "return inside if box is None else inside.clamp_(*box)", "return inside"),
     Mutation("threat_models.py", "uniform.pow(1 / max(1, x[0].numel()))", "uniform"),
     Mutation(
@@ -254,8 +279,8 @@ MUTATIONS = [
     ),
     Mutation("attacks/search.py", "return self.ball.project(delta, self._box)", "return delta"),
     Mutation("attacks/search.py", "better = better | done", "pass"),
-    Mutation("attacks/search.py", "return z if self.bounds is None else _clamped_(z, self.bounds)", "return z"),
-    Mutation("attacks/search.py", "return z if self._sides is None else _clamped_(z, self._sides)", "return z"),
+    Mutation("attacks/search.py", "return z if self.bounds is None else clamped_(z, self.bounds)", "return z"),
+    Mutation("attacks/search.py", "return z if self._sides is None else clamped_(z, self._sides)", "return z"),
     Mutation("attacks/search.py", "torch.arange(x.shape[0]) if index is None else index", "torch.arange(x.shape[0])"),
     Mutation("attacks/search.py", 'f"{seed}/{position}/{restart}"', 'f"{seed}/{position}"'),
     Mutation("attacks/search.py", "if restart == 0 and start is not None:", "if start is not None:"),

@@ -66,6 +66,33 @@ def _project(delta: Tensor, eps: Tensor, low: Tensor, high: Tensor, p: float) ->
     return at(inside) * eps
 
 
+def highest_rise(grad: Tensor, eps: float | Tensor, p: float, box: tuple[Tensor, Tensor]) -> Tensor:
+    """The most that <grad, delta> can be for delta in ball and box, per sample."""
+    if p == 1:
+        return steepest_rise(grad, eps, 1.0, box)
+    sides = (side.double().expand(grad.shape) for side in (grad, radius(eps, grad), *box))
+    return torch.tensor([_highest_rise(*sample, p) for sample in zip(*sides, strict=True)], dtype=torch.float64)
+
+
+def _highest_rise(grad: Tensor, eps: Tensor, low: Tensor, high: Tensor, p: float) -> float:
+    """One sample: each coordinate as far as it can go for Linf; for L2 the multiplier of the norm by bisection."""
+    moves = eps > 0
+    scale = torch.where(moves, eps, 1.0)
+    low, high = (torch.where(moves, side / scale, 0.0) for side in (low, high))
+    slope = grad * eps
+    corner = torch.where(slope > 0, high, torch.where(slope < 0, low, 0.0))
+    if p == math.inf:
+        return (slope * corner.clamp(-1, 1)).sum().item()
+    if p_norm(corner, 2) <= 1:
+        return (slope * corner).sum().item()
+    slope = slope / (largest := slope.abs().max())
+    inside, outside = 0.0, 1e30
+    for _ in range(300):
+        middle = (inside + outside) / 2 if inside > 0 else outside / 10
+        inside, outside = (middle, outside) if p_norm((middle * slope).clamp(low, high), 2) <= 1 else (inside, middle)
+    return (largest * (slope * (inside * slope).clamp(low, high)).sum()).item()
+
+
 def steepest_rise(grad: Tensor, eps: float | Tensor, largest: float, box: tuple[Tensor, Tensor]) -> Tensor:
     """The most that <grad, step> can be for a step of L1 norm 1 and coordinates at most largest, in units of eps.
 

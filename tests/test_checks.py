@@ -15,6 +15,7 @@ from gradreg.checks import (
     check_logits,
     check_not_normalized_twice,
     check_radius,
+    check_unit_of_bounds,
     finite_range,
     may_look,
 )
@@ -194,6 +195,17 @@ def test_pixels_out_of_bounds(channel: int, side: str) -> None:
     message = says("x lies in [", "outside the bounds [-1, 3]", "with_normalization", 'out_of_bounds="clamp"')
     with pytest.raises(ValueError, match=message):
         check_bounds(x, LOW, HIGH)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(0.0, 1.0), (-0.47, 1.27), (-0.75, 1.75)])
+def test_pixels_in_the_unit_of_bounds(lowest: float, highest: float) -> None:
+    check_unit_of_bounds(lowest, highest, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(-2.1, 0.5), (0.0, 2.6), (0.0, 255.0)])
+def test_pixels_in_another_unit_than_bounds(lowest: float, highest: float) -> None:
+    with pytest.raises(ValueError, match=r"far outside of the penalty's bounds \[0, 1\]: they are in another unit"):
+        check_unit_of_bounds(lowest, highest, 0.0, 1.0)
 
 
 def test_pixels_out_of_bounds_are_named() -> None:

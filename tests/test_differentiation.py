@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import (
+    FGSM,
     L1,
     L2,
     DoubleBackward,
@@ -37,6 +38,8 @@ TERMS = {
     "L2": Term(GradNormPenalty(L2(0.05))),
     "L1": Term(GradNormPenalty(L1(0.05))),
     "Linf per channel": Term(GradNormPenalty(Linf(torch.tensor([0.02, 0.06]).view(2, 1, 1)))),
+    "Linf in bounds": Term(GradNormPenalty(Linf(0.05), bounds=(0.0, 1.0))),
+    "L2 in bounds": Term(GradNormPenalty(L2(0.05), bounds=(0.0, 1.0))),
     "edges of a logit": Term(EdgeAlignmentPenalty(sigma=0.6), of=true_class()),
     "a plain function": Term(lambda grad, x: (grad * x).flatten(1).sum(1).square()),
 }
@@ -96,18 +99,21 @@ def test_the_displacement_has_the_size_of_the_step_along_the_maximizer(threat: T
     assert torch.allclose(seen[1] - x, 0.25 * threat.maximizer(grad), atol=1e-12)
 
 
-def test_a_step_of_one_and_weight_one_is_training_on_the_fgsm_point() -> None:
-    """Because loss + (loss(x + eps sign g) - loss(x)) / 1 is the loss at the FGSM point."""
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+def test_a_step_of_one_and_weight_one_is_training_on_the_fgsm_point(
+    bounds: tuple[float, float] | None, one_pass: bool
+) -> None:
+    """Because loss + (loss(x + eps sign g) - loss(x)) / 1 is the loss at the FGSM point, which bounds keep an image."""
     model, (x, y) = make_model("conv"), make_batch()
+    x[0] = 0.99 + 0.01 * x[0]  # so white that it moves less than a step in bounds
     objective = PenalizedLoss(
         per_sample_cross_entropy,
-        {"p": Term(GradNormPenalty(Linf(0.1)), weight=1.0)},
-        differentiation=FiniteDifference(step=1.0),
+        {"p": Term(GradNormPenalty(Linf(0.1), bounds=bounds), weight=1.0)},
+        differentiation=FiniteDifference(step=1.0, one_pass=one_pass),
     )
     found = torch.autograd.grad(objective(model, x, y).total, parameters_of(model))
-    leaf = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(per_sample_cross_entropy(model(leaf), y).sum(), leaf)
-    moved = x + 0.1 * grad.sign()
+    moved = FGSM(Linf(0.1), bounds=bounds)(model, x, y)
     expected = torch.autograd.grad(per_sample_cross_entropy(model(moved), y).mean(), parameters_of(model))
     assert relative_error(list(found), list(expected)) < 1e-12
 

@@ -244,21 +244,47 @@ class TestNoise:
         assert torch.equal(objective(model, x, y).total, first)
         assert not torch.equal(first, second)
 
-    def test_with_a_full_step_and_equal_weights_is_n_fgsm(self) -> None:
-        """(1 - 1) loss(x + n) + loss(x + n + eps sign g): de Jorge et al. 2022, without their clipping to pixels."""
+    @pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+    def test_with_a_full_step_and_equal_weights_is_n_fgsm(self, bounds: tuple[float, float] | None) -> None:
+        """(1 - 1) loss(x + n) + loss(x + n + eps sign g): de Jorge et al. 2022; with bounds, their clipping too."""
         model, (x, y) = make_model("conv"), make_batch()
         torch.manual_seed(0)
         objective = PenalizedLoss(
             per_sample_cross_entropy,
-            {"p": Term(GradNormPenalty(Linf(0.1)), weight=1.0)},
+            {"p": Term(GradNormPenalty(Linf(0.1), bounds=bounds), weight=1.0)},
             differentiation=FiniteDifference(1.0, one_pass=True),
             noise=Linf(0.1),
         )
         found = objective_gradient(objective, model, x, y)
         torch.manual_seed(0)
-        x_adv = NFGSM(Linf(0.1), noise=1.0, bounds=None)(model, x, y)
+        x_adv = NFGSM(Linf(0.1), noise=1.0, bounds=bounds)(model, x, y)
         expected = torch.autograd.grad(per_sample_cross_entropy(model(x_adv), y).mean(), parameters_of(model))
         assert relative_error(found, list(expected)) < 1e-11
+
+    @pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
+    def test_every_point_lies_in_the_bounds_of_the_penalties(self, differentiation: Differentiation) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        seen: list[Tensor] = []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+        terms = {"p": Term(GradNormPenalty(Linf(0.3), bounds=(torch.zeros(2, 1, 1), torch.ones(2, 1, 1))))}
+        _objective(terms, noise=Linf(0.3), differentiation=differentiation, fraction=0.5)(model, x.round(), y)
+        assert all(((z >= 0) & (z <= 1)).all() for z in seen)
+        assert any(((z > 0) & (z < 1)).any() for z in seen)
+
+    def test_inputs_in_another_unit_than_the_bounds_are_refused(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        terms = {"p": Term(GradNormPenalty(Linf(0.1), bounds=(0.0, 1.0)))}
+        with pytest.raises(ValueError, match="in another unit"):
+            _objective(terms)(model, 4 * x - 2, y)
+        narrow = {"p": Term(GradNormPenalty(Linf(0.9), bounds=(0.25, 0.75)))}
+        with pytest.raises(ValueError, match=r"exceeds the whole pixel range of 0\.5"):
+            _objective(narrow)(model, x, y)
+
+    def test_penalties_of_other_bounds_are_refused(self) -> None:
+        terms = {name: Term(GradNormPenalty(Linf(0.1), bounds=(0.0, high))) for name, high in (("p", 1.0), ("q", 2.0))}
+        with pytest.raises(ValueError, match="can be clamped to one range"):
+            _objective(terms, noise=Linf(0.1))
+        assert _objective(terms).noise is None
 
     @pytest.mark.usefixtures("unchecked")
     def test_what_is_no_ball(self) -> None:

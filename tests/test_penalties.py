@@ -90,6 +90,40 @@ def test_grad_norm_of_a_linear_model() -> None:
         torch.testing.assert_close(grad_norm(grad, threat).detach(), 0.5 * size * slope, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("threat", [Linf(0.3), L2(0.8), L1(1.5)])
+def test_in_bounds_only_what_leaves_an_image_an_image_counts(threat: ThreatModel) -> None:
+    """No image of the ball rises more along the gradient than the penalty says, and one rises as much."""
+    x = (2 * images(2, 1, 4, 4) - 0.5).clamp(0, 1)
+    grad = torch.randn_like(x)
+    penalty = GradNormPenalty(threat, bounds=(0.0, 1.0))(grad, x)
+    assert (penalty < threat.dual_norm(grad)).all() or isinstance(threat, L1)
+    best = x + threat.maximizer(grad, (-x, 1 - x))
+    assert ((best >= 0) & (best <= 1)).all()
+    torch.testing.assert_close((grad * (best - x)).flatten(1).sum(1), penalty)
+    for seed in range(50):
+        delta = 3 * threat.sample_like(x, torch.Generator().manual_seed(seed)) + seed % 2 * grad
+        other = x + threat.project(delta, (-x, 1 - x))
+        assert ((grad * (other - x)).flatten(1).sum(1) <= penalty + 1e-9).all()
+
+
+def test_bounds_of_normalised_images() -> None:
+    """A model on z = (x - m) / s has gradients s times as large, in a room 1 / s times as wide."""
+    x, grad = images(2, 3, 4, 4), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    x[0] = x[0].round()
+    mean, std = (
+        torch.tensor([0.4, 0.5, 0.6]).double().view(3, 1, 1),
+        torch.tensor([0.2, 0.3, 0.25]).double().view(3, 1, 1),
+    )
+    of_pixels = GradNormPenalty(Linf(0.1), bounds=(0.0, 1.0))(grad, x)
+    normalised = GradNormPenalty(Linf(0.1 / std), bounds=((0 - mean) / std, (1 - mean) / std))
+    torch.testing.assert_close(normalised(grad * std, (x - mean) / std), of_pixels)
+
+
+def test_a_pixel_outside_of_its_bounds_moves_no_further_out() -> None:
+    grad, x = torch.tensor([[2.0, -3.0, 5.0]]), torch.tensor([[-0.5, -0.5, 1.5]])
+    assert GradNormPenalty(Linf(0.25), bounds=(0.0, 1.0))(grad, x).item() == pytest.approx(0.5)
+
+
 # Edge alignment
 
 
@@ -278,6 +312,8 @@ PENALTIES: dict[str, Callable[[], Penalty]] = {
     "grad norm, L2": lambda: GradNormPenalty(L2(0.5)),
     "grad norm, L1": lambda: GradNormPenalty(L1(12.0)),
     "grad norm, channels": lambda: GradNormPenalty(Linf(torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))),
+    "grad norm in bounds": lambda: GradNormPenalty(Linf(0.2), bounds=(0.0, 1.0)),
+    "grad norm in bounds, L2": lambda: GradNormPenalty(L2(0.5), bounds=(0.0, 1.0)),
     "edges": lambda: EdgeAlignmentPenalty(sigma=0.7),
     "edges, contours": lambda: EdgeAlignmentPenalty(energy=contour_energy),
     "edges, batch": lambda: EdgeAlignmentPenalty(level="batch"),
@@ -288,7 +324,7 @@ every_penalty = pytest.mark.parametrize("penalty", [make() for make in PENALTIES
 def as_function(penalty: Penalty, grad: Tensor, x: Tensor) -> Tensor:
     """The function that the module stands for."""
     if isinstance(penalty, GradNormPenalty):
-        return grad_norm(grad, penalty.threat)
+        return grad_norm(grad, penalty.threat, box=None if penalty.bounds is None else (-x, 1 - x))
     assert isinstance(penalty, EdgeAlignmentPenalty)
     return edge_alignment(grad, x, sigma=penalty.sigma, energy=penalty.energy, level=penalty.level)
 
@@ -374,6 +410,7 @@ def test_penalty_changes_nothing(penalty: Penalty, batch: tuple[Tensor, Tensor])
     [
         (GradNormPenalty(Linf(0.25)), "GradNormPenalty(Linf(eps=0.25))"),
         (GradNormPenalty(L1(12.0, density=0.1)), "GradNormPenalty(L1(eps=12.0, density=0.1))"),
+        (GradNormPenalty(Linf(0.25), bounds=(0.0, 1.0)), "GradNormPenalty(Linf(eps=0.25), bounds=(0.0, 1.0))"),
         (EdgeAlignmentPenalty(), "EdgeAlignmentPenalty(sigma=1.0, energy=oriented_energy, level='sample')"),
         (
             EdgeAlignmentPenalty(0.5, energy=contour_energy, level="batch"),
@@ -390,3 +427,10 @@ def test_penalty_is_written_as_it_is_made(penalty: Penalty, text: str) -> None:
 def test_grad_norm_penalty_needs_no_input(batch: tuple[Tensor, Tensor]) -> None:
     penalty = GradNormPenalty(L2(0.5))
     assert torch.equal(penalty(batch[0]), penalty(*batch))
+
+
+def test_bounds_need_an_input_and_a_shape(batch: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"depends on where x is: call penalty\(grad, x\)"):
+        GradNormPenalty(Linf(0.1), bounds=(0.0, 1.0))(batch[0])
+    with pytest.raises(ValueError, match=r"bound\.view\(-1, 1, 1\) for channels"):
+        GradNormPenalty(Linf(0.1), bounds=(torch.zeros(3), torch.ones(3)))

@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_runs_resume_and_the_report_tabulates_them(small: ModuleType, folder: Path, tmp_path: Path) -> None:
-    methods = ["natural", "PGD-3", "PGD-3, 1.2 eps", "noisy differences, half, 1.0"]
+    methods = ["natural", "PGD-3", "PGD-3, 1.2 eps", "noisy differences, half, 0.6"]
     options = ["--steps", "6", "--data", str(folder), "--output", str(tmp_path), "--methods", *methods]
     small.main(options)
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
@@ -66,7 +66,7 @@ def test_runs_resume_and_the_report_tabulates_them(small: ModuleType, folder: Pa
 def test_a_run_is_a_function_of_its_seed(folder: Path) -> None:
     loaded = data.load("validation", folder)
     trained = [
-        runs.train(Run("convnet", "8/255", 4, "noisy differences, half, 1.0", seed), loaded).state_dict()
+        runs.train(Run("convnet", "8/255", 4, "noisy differences, half, 0.6", seed), loaded).state_dict()
         for seed in (0, 0, 1)
     ]
     assert all(torch.equal(trained[0][name], value) for name, value in trained[1].items())

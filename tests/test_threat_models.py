@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradreg import L1, L2, Linf, ThreatModel
-from gradreg.threat_models import length, rows_of, unit
+from gradreg.threat_models import length, room, rows_of, unit
 
 import reference
 from reference import inner, radius
@@ -34,6 +34,14 @@ every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 def gradients_and_radii(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
     grad = draw(gradients(dtype))
     return grad, draw(radii(tuple(grad.shape)))
+
+
+@st.composite
+def boxes(draw: st.DrawFn, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The room of pixels in [0, 1], some of them at their limits."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    x = (1.5 * torch.rand(grad.shape, generator=generator, dtype=torch.float64) - 0.25).clamp(0, 1).to(grad.dtype)
+    return room(x, (0.0, 1.0))
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, scale: float | Tensor = 1.0) -> bool:
@@ -86,6 +94,49 @@ def test_maximizer_is_the_gradient_of_the_dual_norm(kind: Kind, data: st.DataObj
         unique = torch.ones(len(grad), dtype=torch.bool)
     limits = radius(eps, grad)[unique]
     assert close(derivative[unique], threat.maximizer(grad)[unique], 1e-12, limits)
+
+
+@every_kind
+@every_float
+@given(data=st.data())
+def test_in_a_box_the_maximizer_rises_as_far_as_can_be(kind: Kind, dtype: torch.dtype, data: st.DataObject) -> None:
+    grad, eps = data.draw(gradients_and_radii(dtype))
+    box = data.draw(boxes(grad))
+    threat = kind(eps)
+    best = threat.maximizer(grad, box)
+    expected = reference.highest_rise(grad, eps, P[kind], box)
+    assert best.dtype == dtype
+    assert (threat.norm(best) <= 1 + IDENTITY[dtype]).all()
+    assert close(best.clamp(*box), best, IDENTITY[dtype])
+    tolerance = 10 * IDENTITY[dtype]
+    assert close(threat.dual_norm(grad, box), expected, tolerance, expected)
+    assert close(inner(grad, best), expected, tolerance, expected)
+
+
+@every_kind
+@given(data=st.data())
+def test_in_a_box_the_maximizer_is_the_gradient_of_the_dual_norm(kind: Kind, data: st.DataObject) -> None:
+    """Exactly, and so also by differences: the dual norm is convex, and lies above each of its tangents."""
+    grad, eps = data.draw(gradients_and_radii(torch.float64))
+    box = data.draw(boxes(grad))
+    threat = kind(eps)
+    leaf = grad.clone().requires_grad_()
+    value = threat.dual_norm(leaf, box)
+    (derivative,) = torch.autograd.grad(value.sum(), leaf)
+    assert torch.equal(derivative, threat.maximizer(grad, box))
+    other = grad * data.draw(normals(tuple(grad.shape), torch.float64))
+    above = threat.dual_norm(other, box) - value.detach() - inner(derivative, other - grad)
+    size = inner(derivative.abs(), other.abs() + grad.abs())
+    assert (above >= -1e-9 * size).all()
+
+
+@every_kind
+@given(data=st.data())
+def test_a_box_around_the_ball_changes_nothing(kind: Kind, data: st.DataObject) -> None:
+    grad, eps = data.draw(gradients_and_radii(torch.float64))
+    threat, side = kind(eps), radius(eps, grad) * 1.01
+    assert close(threat.maximizer(grad, (-side, side)), threat.maximizer(grad), 1e-12, side)
+    assert close(threat.dual_norm(grad, (-side, side)), threat.dual_norm(grad), 1e-12, threat.dual_norm(grad))
 
 
 @every_kind
