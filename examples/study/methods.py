@@ -90,12 +90,19 @@ def edges(weight: float) -> Callable[[Linf, float], PenalizedLoss]:
     return objective
 
 
+NOISY = {
+    1.0: "noisy differences",
+    0.5: "noisy differences, half of the batch",
+    0.25: "noisy differences, quarter of the batch",
+}
+
+
 def noisy(weight: float, fraction: float = 1.0, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Method:
     """Finite differences of a full step from a noisy start: its two points lie where N-FGSM's do."""
     difference = FiniteDifference(1.0, one_pass=True)
     return Method(
         grad_norm(weight, differentiation=difference, bounds=bounds, noise=1.0, fraction=fraction),
-        family=f"noisy differences, {fraction:g} of the batch{'' if bounds else ', without bounds'}",
+        family=NOISY[fraction] if bounds else "",
     )
 
 
@@ -112,25 +119,27 @@ def pgd_3(factor: float) -> Method:
 def n_fgsm(factor: float, noise: float) -> Method:
     """One step from noise, for a radius that many times as large."""
     return Method(
-        attack=lambda threat: NFGSM(threat.scaled(factor), noise=noise), family=f"N-FGSM, noise {noise:g} eps"
+        attack=lambda threat: NFGSM(threat.scaled(factor), noise=noise), family="N-FGSM" if noise == 1 else ""
     )
 
 
 METHODS: dict[str, Method] = {
     "natural": Method(),
-    "edges": Method(edges(5.0)),
-    "GradNorm": Method(grad_norm()),
-    "GradNorm, every 4th step": Method(grad_norm(k=4)),
+    "edges": Method(edges(5.0), family="edges"),
+    "GradNorm": Method(grad_norm(), family="GradNorm"),
+    "GradNorm, every 4th step": Method(grad_norm(k=4), family="GradNorm, every 4th step"),
     "GradNorm, differences, every 4th step": Method(
-        grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True))
+        grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True)), family="GradNorm, every 4th step"
     ),
     "noisy differences, 0.4": noisy(0.4),
     "noisy differences, 0.6": noisy(0.6),
     "noisy differences, half, 0.4": noisy(0.4, 0.5),
     "noisy differences, half, 0.6": noisy(0.6, 0.5),
     "noisy differences, quarter, 0.4": noisy(0.4, 0.25),
-    "FGSM": Method(attack=lambda threat: FGSM(threat)),
-    "PGD-1": Method(attack=lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False)),
+    "FGSM": Method(attack=lambda threat: FGSM(threat), family="FGSM"),
+    "PGD-1": Method(
+        attack=lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False), family="PGD-1"
+    ),
     "N-FGSM, 0.8 eps": n_fgsm(0.8, 1.0),
     "N-FGSM": n_fgsm(1.0, 1.0),
     "PGD-3, 0.6 eps": pgd_3(0.6),

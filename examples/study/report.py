@@ -1,12 +1,12 @@
 """Tables and figures of the study, from the files of its runs."""
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from study.methods import ALL, METHODS
@@ -18,8 +18,18 @@ SPLIT = "test"
 CURVE = "PGD-3"  # the family whose trade-off of clean against robust accuracy the others are measured by
 DRAWS = 2000
 WINDOW = 8  # points of robust accuracy below the best that the figure shows
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
-MARKERS = "osv^DP*X"
+LOOKS = {  # of the families in the figure; colours of Okabe and Ito
+    "edges": ("#009E73", "P"),
+    "GradNorm": ("#E69F00", "*"),
+    "GradNorm, every 4th step": ("#E69F00", "X"),
+    "noisy differences": ("#0072B2", "o"),
+    "noisy differences, half of the batch": ("#56B4E9", "o"),
+    "noisy differences, quarter of the batch": ("#56B4E9", "d"),
+    "FGSM": ("#000000", "^"),
+    "PGD-1": ("#000000", "v"),
+    "N-FGSM": ("#CC79A7", "D"),
+    "PGD-3": ("#D55E00", "s"),
+}
 
 INTRODUCTION = """# Fashion-MNIST: the tables
 
@@ -55,10 +65,20 @@ def write(folder: Path) -> None:
     lines = ",\n".join(json.dumps(result) for result in results.values())
     (RECORD / "runs.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
     costs = _costs()
-    settings = sorted({(run.net, run.eps, run.steps) for run in results if run.split == SPLIT})
-    tables = [table(setting, Points(results, setting), costs.get(setting[0], {})) for setting in settings]
+    tables = [table(setting, Points(results, setting), costs.get(setting[0], {})) for setting in settings_of(results)]
     (RECORD / "tables.md").write_text("\n".join([INTRODUCTION, *tables]))
-    figure(settings, results, costs).savefig(RECORD / "front.png")
+    clean = figure(results, lambda net, name, points: points.mean(name), "clean accuracy, %")
+    clean.savefig(RECORD / "clean_and_robust.png")
+
+    def cost_and_robust(net: str, name: str, points: Points) -> tuple[float, float] | None:
+        return (costs[net][name], points.mean(name)[1]) if name in costs.get(net, {}) else None
+
+    figure(results, cost_and_robust, "CPU time of a step, natural = 1").savefig(RECORD / "cost_and_robust.png")
+
+
+def settings_of(results: Results) -> list[Setting]:
+    """The settings that there are runs of."""
+    return sorted({(run.net, run.eps, run.steps) for run in results if run.split == SPLIT})
 
 
 def _costs() -> dict[str, dict[str, float]]:
@@ -168,39 +188,40 @@ def table(setting: Setting, points: Points, costs: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(settings: list[Setting], results: Results, costs: dict[str, dict[str, float]]) -> Figure:
-    """For each setting, robust accuracy against clean accuracy and against cost, of what comes near the best."""
-    picture = Figure(figsize=(7.5, 2.7 * len(settings) + 0.8), layout="constrained", dpi=150)
-    axes = picture.subplots(len(settings), 2, squeeze=False, sharey="row")
-    families = list(dict.fromkeys(method.family or name for name, method in ALL.items()))
-    for (left, right), setting in zip(axes, settings, strict=True):
-        points = Points(results, setting)
-        of_net = costs.get(setting[0], {})
-        for index, family in enumerate(families):
-            members = [name for name in points.clean if (ALL[name].family or name) == family]
-            looks = {
-                "color": COLORS[index % 8],
-                "marker": MARKERS[(index * 3 + index // 8) % 8],
-                "label": family,
-                "markersize": 5,
-            }
-            _line(left, [points.mean(name) for name in members], **looks)
-            _line(right, [(of_net[name], points.mean(name)[1]) for name in members if name in of_net], **looks)
-        net, eps, steps = setting
-        best = max(points.mean(name)[1] for name in points.clean)
-        near = [points.mean(name) for name in points.clean if points.mean(name)[1] > best - WINDOW]
-        left.set(xlim=(min(clean for clean, _ in near) - 0.5, max(clean for clean, _ in near) + 0.5))
-        left.set(ylim=(best - WINDOW, best + 1))
-        left.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=f"{net}, eps {eps}, {steps} steps")
-        right.set(xlabel="cost of a step, natural = 1")
-        for panel in (left, right):
-            panel.grid(color="0.92")
-            panel.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+def figure(results: Results, across: Callable[[str, str, Points], tuple[float, float] | None], label: str) -> Figure:
+    """Robust accuracy of what comes near the best against something else, in a panel for each setting.
+
+    Args:
+        results: All runs.
+        across: Where a method lies, from the net, its name and the points of the setting; None for nowhere.
+        label: Of the horizontal axis.
+    """
+    settings = settings_of(results)
+    rows = sorted({(net, eps) for net, eps, _ in settings})
+    columns = sorted({steps for _, _, steps in settings})
+    picture = Figure(figsize=(7.5, 2.4 * len(rows) + 0.9), layout="constrained", dpi=150)
+    axes = picture.subplots(len(rows), len(columns), squeeze=False)
+    handles: dict[str, Any] = {}
+    for panel, ((net, eps), steps) in zip(axes.flat, itertools.product(rows, columns), strict=True):
+        points = Points(results, (net, eps, steps))
+        best = max((points.mean(name)[1] for name in points.clean), default=100.0)
+        near = []
+        for family, (color, marker) in LOOKS.items():
+            members = [name for name in METHODS if METHODS[name].family == family and name in points.clean]
+            places = [place for name in members if (place := across(net, name, points)) is not None]
+            if places:
+                (handles[family],) = panel.plot(
+                    *zip(*places, strict=True), color=color, marker=marker, markersize=5, linewidth=1
+                )
+            near += [place for place, robust in places if robust > best - WINDOW]
+        panel.set(title=f"{net}, eps {eps}, {steps} steps", ylim=(best - WINDOW, best + 1))
+        if near:
+            panel.set(xlim=(min(near) - 0.04 * (max(near) - min(near)) - 0.1, max(near) * 1.005 + 0.1))
+        panel.grid(color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes[-1]:
+        panel.set(xlabel=label)
+    for panel in axes[:, 0]:
+        panel.set(ylabel="robust accuracy, %")
+    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return picture
-
-
-def _line(panel: Axes, places: list[tuple[float, float]], **looks: Any) -> None:
-    if places:
-        panel.plot(*zip(*places, strict=True), linewidth=1, **looks)
