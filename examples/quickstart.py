@@ -73,7 +73,7 @@ grad_norm = PenalizedLoss(
 )
 noisy_differences = PenalizedLoss(  # the same penalty by finite differences from a noisy start, on half of the batch
     CROSS_ENTROPY,
-    {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=linear_ramp(0.75, duration=100))},
+    {"grad_norm": Term(GradNormPenalty(Linf(EPS), bounds=(0, 1)), weight=linear_ramp(1.0, duration=100))},
     differentiation=FiniteDifference(step=1.0, one_pass=True),
     noise=Linf(EPS),
     fraction=0.5,
