@@ -44,7 +44,7 @@ from gradreg import (
     evaluate,
     margin,
 )
-from gradreg.evaluation.identity import describe, describe_model
+from gradreg.streaming.identity import describe, describe_model
 
 from cases import CLASSES, make_batch, make_model, soft_labels
 
@@ -789,7 +789,7 @@ import torch
 from torch import nn
 
 from gradreg import APGDAttack, L2, Linf, PGDAttack, RandomSearch, TransferAttack, cross_entropy, margin
-from gradreg.evaluation.identity import describe, describe_model
+from gradreg.streaming.identity import describe, describe_model
 
 
 def bound(scale):

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from gradreg import checks
 from gradreg.attacks.attack import Attack, Model
-from gradreg.attacks.search import Search, check_attackable, check_index, generator_of
+from gradreg.attacks.search import Search, check_attackable, check_index
 from gradreg.criteria import margin
 from gradreg.gradients import outside_inference_mode
+from gradreg.noise import generator_of
 from gradreg.threat_models import ThreatModel
 
 

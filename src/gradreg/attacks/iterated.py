@@ -10,9 +10,10 @@ from torch import Tensor
 from gradreg import checks
 from gradreg.attacks.adaptive import Ascent, Halving, apgd, climb
 from gradreg.attacks.attack import Attack, LossAttack, Model
-from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, noise_for, pgd
+from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, pgd
 from gradreg.criteria import targeted_dlr
 from gradreg.gradients import outside_inference_mode
+from gradreg.noise import noise_for
 from gradreg.threat_models import Eps, rows_of, times
 
 

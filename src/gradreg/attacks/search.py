@@ -1,6 +1,5 @@
 """Projected gradient ascent for a function of perturbed inputs, whatever that function is."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from gradreg import checks
 from gradreg.gradients import check_scores, in_transform, outside_inference_mode
+from gradreg.noise import noise_for
 from gradreg.threat_models import (
     Bounds,
     Eps,
@@ -280,27 +280,6 @@ class Search:
             )
 
 
-def noise_for(
-    x: Tensor, threat: ThreatModel, seed: int | None, index: Tensor | None, restart: int, rows: Tensor
-) -> Tensor:
-    """Uniform noise in the ball for some samples of the batch, 0 for the others."""
-    noise = torch.zeros_like(x)
-    if seed is None:
-        noise[rows] = threat.rows(rows, x).sample_like(x[rows])
-        return noise
-    positions = torch.arange(x.shape[0]) if index is None else index
-    of_sample = rows_of(threat.eps, [0], x) is not threat.eps
-    shape = torch.empty_like(x[:1], device="cpu")
-    drawn = [
-        # On the CPU and one by one: the same numbers on every device and in every batch.
-        (threat.rows([row], x) if of_sample else threat).sample_like(shape, generator_of(seed, position, restart))
-        for row, position in zip(rows.tolist(), positions[rows.to(positions.device)].tolist(), strict=True)
-    ]
-    if drawn:
-        noise[rows] = torch.cat(drawn).to(x.device)
-    return noise
-
-
 def check_search(
     name: str,
     x: Tensor,
@@ -329,14 +308,6 @@ def check_index(name: str, x: Tensor, seed: int | None, index: Tensor | None) ->
             f"{name}: index holds one position per sample, shape ({len(x)},), for the noise of a seed; got shape "
             f"{tuple(index.shape)} and seed={seed}."
         )
-
-
-def generator_of(seed: int | None, position: int, restart: int) -> torch.Generator | None:
-    """The generator of one sample's noise: the same in every batch, on every device; None for PyTorch's own."""
-    if seed is None:
-        return None
-    key = hashlib.blake2b(f"{seed}/{position}/{restart}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
 
 
 def check_attackable(

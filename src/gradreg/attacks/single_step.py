@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gradreg import checks
 from gradreg.attacks.attack import LossAttack, Model
-from gradreg.attacks.search import Search, check_attackable, noise_for, pgd
+from gradreg.attacks.search import Search, check_attackable, pgd
+from gradreg.noise import noise_for
 
 
 @final

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from gradreg.attacks import IteratedAttack
-from gradreg.evaluation.identity import describe
-from gradreg.evaluation.report import Cost
-from gradreg.evaluation.setting import Counted, Model, check_batch, classified, withstands, work_through
-from gradreg.evaluation.streaming import Batch, Record
 from gradreg.gradients import outside_inference_mode
 from gradreg.intervals import Proportion
 from gradreg.state import read_state, write_atomically
+from gradreg.streaming import (
+    Batch,
+    Cost,
+    Counted,
+    Model,
+    Record,
+    check_batch,
+    classified,
+    describe,
+    withstands,
+    work_through,
+)
 from gradreg.threat_models import Linf
 
 KIND = "gradreg robustness curve"

@@ -11,8 +11,8 @@ from gradreg.attacks import FGSM, Attack, PGDAttack, RandomSearch, TransferAttac
 from gradreg.checks import GradregWarning
 from gradreg.criteria import cross_entropy, margin
 from gradreg.evaluation.report import Flag
-from gradreg.evaluation.setting import Model
 from gradreg.gradients import input_gradient
+from gradreg.streaming import Model
 from gradreg.threat_models import Bounds, Linf, ThreatModel
 
 _STEPS = 50

@@ -7,12 +7,12 @@ from typing import Any, final
 
 from gradreg.intervals import PairedComparison, Proportion
 from gradreg.state import read_state, write_atomically
+from gradreg.streaming import RIGHT, WRONG, Cost
 
-Cost = dict[str, float]
 KIND = "gradreg robustness report"
 VERSION = 1
 MASKING = "masking checks"  # what their cost is called
-RIGHT, WRONG, SPARED = "1", "0", "-"  # withstood or correct; broken or misclassified; not attacked
+SPARED = "-"  # written for a sample that was not attacked
 
 
 @final

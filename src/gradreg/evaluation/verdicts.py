@@ -11,12 +11,24 @@ from torch import Tensor
 
 from gradreg import checks
 from gradreg.attacks import FGSM, Attack, IteratedAttack
-from gradreg.evaluation.identity import describe
 from gradreg.evaluation.masking import masking_checks
-from gradreg.evaluation.report import MASKING, RIGHT, SPARED, WRONG, Cost, Flag, RobustnessReport
-from gradreg.evaluation.setting import Counted, Model, check_batch, classified, withstands, work_through
-from gradreg.evaluation.streaming import Batch, Record
+from gradreg.evaluation.report import MASKING, SPARED, Flag, RobustnessReport
 from gradreg.gradients import outside_inference_mode
+from gradreg.streaming import (
+    RIGHT,
+    WRONG,
+    Batch,
+    Cost,
+    Counted,
+    Model,
+    Record,
+    as_text,
+    check_batch,
+    classified,
+    describe,
+    withstands,
+    work_through,
+)
 
 AttackLike = Callable[[Model, Tensor, Tensor], Tensor]
 
@@ -127,7 +139,7 @@ def _verdicts(
             check_batch(attack, x)
     with model.cost() as costs["clean"]:
         classes, clean = classified(model, x, y)
-    found = {"clean": _text(clean)}
+    found = {"clean": as_text(clean)}
     robust = clean.clone()
     for name, attack in attacks.items():
         rows = (robust if early_exit else clean).nonzero().squeeze(1)
@@ -137,7 +149,7 @@ def _verdicts(
                 x_adv = _attacked(attack, model, x[rows], y[rows], batch.index[rows.to(batch.index.device)])
                 withstood = withstands(model, x_adv, classes[rows])
                 robust[rows[~withstood]] = False
-                for row, verdict in zip(rows.tolist(), _text(withstood), strict=True):
+                for row, verdict in zip(rows.tolist(), as_text(withstood), strict=True):
                     verdicts[row] = verdict
         found[name] = "".join(verdicts)
     if masking:
@@ -283,7 +295,3 @@ def _collected(flags: list[Flag], name: str, told: set[str]) -> Iterator[None]:
         if message not in told:
             told.add(message)
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _text(verdicts: Tensor) -> str:
-    return "".join(RIGHT if verdict else WRONG for verdict in verdicts.tolist())

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradreg.attacks.search import generator_of
+from gradreg.noise import generator_of
 from gradreg.statistics.gradients import noise_of
 from gradreg.statistics.point import Point
 from gradreg.statistics.statistic import Statistic
@@ -128,8 +128,8 @@ class LocalLinearityError(Statistic):
               x_c = (1 - \alpha) x_a + \alpha x_b
 
     with :math:`x_a, x_b` uniform in the ball around x and :math:`\alpha` uniform in [0, 1]: Rocamora, Liu, Chrysos,
-    Olmos & Cevher, "Efficient local linearity regularization to overcome catastrophic overfitting" (ICLR 2024), and Table
-    A.2 of Rodríguez Muñoz (MIT 2024), at ``Linf(4 / 255)``. One triplet per sample, the same for every model.
+    Olmos & Cevher, "Efficient local linearity regularization to overcome catastrophic overfitting" (ICLR 2024), and
+    Table A.2 of Rodríguez Muñoz (MIT 2024), at ``Linf(4 / 255)``. One triplet per sample, the same for every model.
 
     Attributes:
         threat: The ball.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradreg.attacks.search import noise_for
+from gradreg.noise import noise_for
 from gradreg.selectors import ClassSelector
 from gradreg.statistics.point import Point
 from gradreg.statistics.statistic import Statistic

@@ -12,16 +12,27 @@ from torch import Tensor
 
 from gradreg import checks
 from gradreg.attacks import Attack
-from gradreg.evaluation.identity import describe
-from gradreg.evaluation.report import RIGHT, WRONG, Cost
-from gradreg.evaluation.setting import Counted, Model, check_batch, classified, withstands, work_through
-from gradreg.evaluation.streaming import Batch, Record
 from gradreg.gradients import outside_inference_mode
 from gradreg.intervals import Proportion
 from gradreg.state import read_state, write_atomically
 from gradreg.statistics.point import Point
 from gradreg.statistics.statistic import Statistic
 from gradreg.statistics.summary import LogHistogram, Summary
+from gradreg.streaming import (
+    RIGHT,
+    WRONG,
+    Batch,
+    Cost,
+    Counted,
+    Model,
+    Record,
+    as_text,
+    check_batch,
+    classified,
+    describe,
+    withstands,
+    work_through,
+)
 
 KIND = "gradreg measurements"
 VERSION = 1
@@ -203,9 +214,9 @@ def measure(
     def work(counted: Counted, batch: Batch) -> Record:
         with counted.cost() as cost:
             x, y, right = _read(counted, batch, attack)
-            record = {"clean": _text(right), "values": _measured(counted, x, y, batch.index, named, twice)}
+            record = {"clean": as_text(right), "values": _measured(counted, x, y, batch.index, named, twice)}
             if attack is not None:
-                record["attacked"] = _text(_withstood(counted, x, y, right, batch.index, attack))
+                record["attacked"] = as_text(_withstood(counted, x, y, right, batch.index, attack))
         return {**record, "cost": cost}
 
     records, about = work_through(
@@ -269,7 +280,7 @@ def measure_along(
             x_adv = attack(counted, x, y, index=batch.index)
             attacked = withstands(counted, x_adv, y if y.ndim == 1 else y.argmax(1))
             values = [_measured(counted, x + scale * (x_adv - x), y, batch.index, named, twice) for scale in places]
-        return {"clean": _text(right), "attacked": _text(attacked), "along": values, "cost": cost}
+        return {"clean": as_text(right), "attacked": as_text(attacked), "along": values, "cost": cost}
 
     records, about = work_through(
         model, loader, work, about=about, seed=seed, state=state, device=device, progress=progress,
@@ -439,7 +450,3 @@ def _or_none(value: float) -> float | None:
 
 def _restored(values: Mapping[str, list[float | None]]) -> dict[str, list[float]]:
     return {name: [math.nan if value is None else value for value in found] for name, found in values.items()}
-
-
-def _text(verdicts: Tensor) -> str:
-    return "".join(RIGHT if verdict else WRONG for verdict in verdicts.tolist())

@@ -13,12 +13,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gradreg import checks, modes
 from gradreg.attacks import Attack
-from gradreg.evaluation.identity import describe_model
-from gradreg.evaluation.report import Cost
-from gradreg.evaluation.streaming import Batch, Ranks, Record, stream
+from gradreg.streaming.identity import describe_model
+from gradreg.streaming.ledger import Batch, Ranks, Record, stream
 from gradreg.wrappers import is_sharded
 
 Model = Callable[[Tensor], Tensor]
+Cost = dict[str, float]
+
+RIGHT, WRONG = "1", "0"  # how a verdict on a sample is written
 
 
 class Counted(nn.Module):
@@ -128,6 +130,11 @@ def withstands(model: Counted, x_adv: Tensor, classes: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(x_adv)
     return (logits.argmax(1) == classes) & ~logits.isnan().any(1)
+
+
+def as_text(verdicts: Tensor) -> str:
+    """One character for each sample."""
+    return "".join(RIGHT if verdict else WRONG for verdict in verdicts.tolist())
 
 
 def check_batch(attack: Attack, x: Tensor) -> None:

@@ -25,8 +25,8 @@ from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from gradreg import checks
-from gradreg.evaluation.identity import fingerprints, keys
 from gradreg.state import StateError, read_state, write_atomically
+from gradreg.streaming.identity import fingerprints, keys
 
 Record = dict[str, Any]
 Result = TypeVar("Result")

@@ -1,0 +1,37 @@
+"""Random numbers that belong to a sample: the same in any batch, order, process and on any device."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from gradreg.threat_models import ThreatModel, rows_of
+
+
+def noise_for(
+    x: Tensor, threat: ThreatModel, seed: int | None, index: Tensor | None, restart: int, rows: Tensor
+) -> Tensor:
+    """Uniform noise in the ball for some samples of the batch, 0 for the others."""
+    noise = torch.zeros_like(x)
+    if seed is None:
+        noise[rows] = threat.rows(rows, x).sample_like(x[rows])
+        return noise
+    positions = torch.arange(x.shape[0]) if index is None else index
+    of_sample = rows_of(threat.eps, [0], x) is not threat.eps
+    shape = torch.empty_like(x[:1], device="cpu")
+    drawn = [
+        # On the CPU and one by one: the same numbers on every device and in every batch.
+        (threat.rows([row], x) if of_sample else threat).sample_like(shape, generator_of(seed, position, restart))
+        for row, position in zip(rows.tolist(), positions[rows.to(positions.device)].tolist(), strict=True)
+    ]
+    if drawn:
+        noise[rows] = torch.cat(drawn).to(x.device)
+    return noise
+
+
+def generator_of(seed: int | None, position: int, restart: int) -> torch.Generator | None:
+    """The generator of one sample's noise: the same in every batch, on every device; None for PyTorch's own."""
+    if seed is None:
+        return None
+    key = hashlib.blake2b(f"{seed}/{position}/{restart}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
