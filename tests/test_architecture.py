@@ -28,7 +28,6 @@ LAYERS: list[set[str]] = [
         "gradients",
         "intervals",
         "modes",
-        "noise",
         "normalization",
         "schedules",
         "selectors",
@@ -36,9 +35,10 @@ LAYERS: list[set[str]] = [
         "threat_models",
         "wrappers",
     },
-    {"attacks", "differentiation", "penalties", "scoring", "second_derivatives", "smooth"},
-    {"model_checks", "preflight", "streaming"},
-    {"evaluation", "objective", "statistics"},
+    {"differentiation", "noise", "penalties", "scoring", "second_derivatives", "smooth"},
+    {"attacks", "model_checks", "preflight"},
+    {"objective", "streaming"},
+    {"evaluation", "statistics"},
 ]
 PARTS = sorted(
     path.stem for path in SOURCE.iterdir() if path.stem[0] != "_" and (path.is_dir() or path.suffix == ".py")

@@ -125,7 +125,13 @@ _FLAT = 1e-12  # what rounding leaves of the energy of a flat image
 
 
 def pearson(a: Float[Tensor, "B n"], b: Float[Tensor, "B n"], counted: Bool[Tensor, "B n"]) -> Float[Tensor, "B"]:
-    """Pearson's correlation of each row's counted entries, in float64; NaN where one side of them is constant."""
+    """Pearson's correlation of each row's counted entries, in float64; NaN where one side of them is constant.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2.0, 4.0, -6.0]])
+        >>> pearson(a, b, torch.tensor([[True, True, False]])).item()
+        1.0
+    """
     weight = counted.double()
     weight = weight / weight.sum(1, keepdim=True)  # NaN where nothing counts
 
