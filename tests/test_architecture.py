@@ -39,6 +39,7 @@ LAYERS: list[set[str]] = [
     {"attacks", "model_checks", "preflight"},
     {"objective", "streaming"},
     {"evaluation", "statistics"},
+    {"plots"},
 ]
 PARTS = sorted(
     path.stem for path in SOURCE.iterdir() if path.stem[0] != "_" and (path.is_dir() or path.suffix == ".py")
