@@ -183,7 +183,7 @@ def distributions(measurements: Mapping[str, Measurements], name: str, *, bins: 
             counts = torch.histogram(found, torch.tensor(edges, dtype=torch.float64)).hist
             shares = (100 * counts / len(found)).tolist()
             axes.stairs(shares, edges, color=looks["color"], alpha=0.1, fill=True)
-            axes.plot(_doubled(edges)[1:-1], _doubled(shares), label=model, **looks)
+            axes.plot(_doubled(edges), [0.0, *_doubled(shares), 0.0], label=model, **looks)
             axes.axvline(found.median().item(), color=looks["color"], linestyle=looks["linestyle"], lw=0.8)
     unit = next(iter(measurements.values())).units[name] if measurements else ""
     axes.set(xlabel=f"{name} ({unit})" if unit else name, ylabel="% of samples")
@@ -350,7 +350,7 @@ def _finished(figure: Figure, *axes: Axes) -> Figure:
     if len(axes) == 1:
         axes[0].legend(frameon=False, fontsize=8)
     elif labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
