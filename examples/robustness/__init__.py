@@ -1,0 +1,1 @@
+"""Models side by side, on one page: parts of robustness_report.py."""

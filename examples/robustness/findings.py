@@ -1,0 +1,174 @@
+"""Everything that is measured of one model. Each part has a state file, so that an interrupted report goes on."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradreg import (
+    APGDAttack,
+    Linf,
+    PGDAttack,
+    RobustnessCurve,
+    RobustnessReport,
+    TargetedAPGDAttack,
+    accuracy_curve,
+    evaluate,
+    predicted_class,
+)
+from gradreg.statistics import (
+    Curvature,
+    EdgeCorrelation,
+    EdgeCosine,
+    GradientNorm,
+    HessianNorm,
+    LocalLinearityError,
+    LogHistogram,
+    Loss,
+    Measurements,
+    Point,
+    SignAgreement,
+    Statistic,
+    gradient_histograms,
+    measure,
+    measure_along,
+)
+from robustness.subjects import Images
+
+SCALES = [step * 2 / 8 for step in range(9)]
+RADII = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the curve, in units of eps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Attributes:
+        eps: The largest change of a pixel of [0, 1].
+        iterations: Products with the Hessian in the power iteration.
+        batch_size: Images at a time.
+        seed: Of everything drawn.
+    """
+
+    eps: float
+    iterations: int = 20
+    batch_size: int = 50
+    seed: int = 0
+
+    @property
+    def threat(self) -> Linf:
+        """The perturbations looked at."""
+        return Linf(self.eps)
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """By the names that the page gives them."""
+        return {
+            "loss": Loss(),
+            "gradient, L1 norm": GradientNorm(p=1),
+            "gradient, L2 norm": GradientNorm(p=2),
+            "gradient, Linf norm": GradientNorm(p=float("inf")),
+            "Hessian norm": HessianNorm(self.iterations, seed=self.seed),
+            "normalised curvature": Curvature(self.iterations, seed=self.seed),
+            "local linearity error": LocalLinearityError(self.threat, seed=self.seed),
+            "edge correlation of the loss's gradient": EdgeCorrelation(),
+            "the same, edge pixels": EdgeCorrelation(edges_only=True),
+            "edge correlation of the saliency map": EdgeCorrelation(of=predicted_class(), channels="max"),
+            "the same, edge pixels only": EdgeCorrelation(of=predicted_class(), channels="max", edges_only=True),
+            "cosine of the class gradient and edges": EdgeCosine(of=predicted_class()),
+            "signs that stay under noise of eps / 4": SignAgreement(self.threat.scaled(0.25), seed=self.seed),
+        }
+
+    @property
+    def attacks(self) -> dict[str, Any]:
+        """That the robust accuracy is taken under."""
+        return {
+            "APGD-CE": APGDAttack(self.threat, seed=self.seed),
+            "APGD-T": TargetedAPGDAttack(self.threat, halving=True, seed=self.seed),
+        }
+
+    @property
+    def grouping(self) -> PGDAttack:
+        """The attack whose success groups the statistics, as in Table 4.1 of the thesis."""
+        return PGDAttack(self.threat, steps=10, step_size=self.eps / 2, seed=self.seed)
+
+    @property
+    def direction(self) -> PGDAttack:
+        """The attack whose direction is followed, as in Fig. A.3 of the thesis."""
+        return PGDAttack(self.threat, steps=5, step_size=self.eps / 2, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of one model.
+
+    Attributes:
+        report: Accuracy under attack.
+        curve: Accuracy against eps.
+        measurements: Statistics of every image.
+        along: Some of them on the way to the attacked images and beyond.
+        histograms: Sizes of gradient entries.
+        path: Estimates of the power iteration after each product, for the first images.
+    """
+
+    report: RobustnessReport
+    curve: RobustnessCurve
+    measurements: Measurements
+    along: dict[float, Measurements]
+    histograms: dict[str, LogHistogram]
+    path: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; on the way along an attack, means only."""
+        names = list(next(iter(self.along.values())).values)
+        return {
+            "accuracy": self.report.to_dict(),
+            "curve": self.curve.to_dict(),
+            "statistics": self.measurements.to_dict(),
+            "along_attack": {
+                str(scale): {name: found.summary(name).mean for name in names} for scale, found in self.along.items()
+            },
+            "gradient_histograms": {
+                name: {"bins_per_decade": h.bins_per_decade, "zeros": h.zeros, "counts": dict(sorted(h.counts.items()))}
+                for name, h in self.histograms.items()
+            },
+            "power_iteration": self.path.tolist(),
+        }
+
+
+def look_at(label: str, model: nn.Module, images: Images, settings: Settings, folder: Path) -> Findings:
+    """Measure all of it, or go on where an interrupted run was.
+
+    Args:
+        label: Names the state files.
+        model: On pixels in [0, 1].
+        images: What to look at.
+        settings: How.
+        folder: Where the state files are.
+    """
+    loader = images.loader(settings.batch_size)
+    stem = re.sub(r"[^\w.-]+", "-", label)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def state(part: str) -> Path:
+        return folder / f"{stem}.{part}.json"
+
+    report = evaluate(model, loader, settings.attacks, seed=settings.seed, state=state("accuracy"))
+    radii = [factor * settings.eps for factor in RADII]
+    search = PGDAttack(settings.threat, steps=20, seed=settings.seed)
+    curve = accuracy_curve(model, loader, search, radii, seed=settings.seed, state=state("curve"))
+    measurements = measure(
+        model, loader, settings.statistics, attack=settings.grouping, seed=settings.seed, state=state("statistics")
+    )
+    followed = {
+        "loss": Loss(),
+        "gradient, L1 norm": GradientNorm(p=1),
+        "normalised curvature": Curvature(2, start="gradient"),
+    }
+    along = measure_along(model, loader, settings.direction, SCALES, followed, state=state("along"))
+    histograms = gradient_histograms(model, loader, state=state("gradients"))
+    x, y = next(iter(loader))
+    path = settings.statistics["Hessian norm"].path(Point(model, x, y, twice=True))
+    return Findings(report, curve, measurements, along, histograms, path)
