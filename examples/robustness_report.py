@@ -5,10 +5,11 @@ r"""Models side by side on one page: accuracy under attack, gradients, curvature
         --model natural=study:results/fashion_mnist/weights/convnet_0.1_2000_natural_0_test.pt \
         --model PGD-3=study:results/fashion_mnist/weights/convnet_0.1_2000_PGD-3_0_test.pt
     python examples/robustness_report.py --data results/photographs --eps 0.5/255 \
-        --model lite0=timm:tf_efficientnet_lite0:weights.pth --model "lite0, GELU=timm:tf_efficientnet_lite0:weights.pth+gelu"
+        --model lite0=timm:tf_efficientnet_lite0:weights.pth --model smooth=timm:tf_efficientnet_lite0:weights.pth+gelu
 
-Writes ``report.html``, which needs no other file, and ``report.json`` with every number. The first model is the one that
-the others are compared with. What is finished is not done again: interrupted, the same command goes on where it was.
+Writes ``report.html``, which needs no other file, and ``report.json`` with every number. The first model is the one
+that the others are compared with. What is finished is not done again: interrupted, the same command goes on where it
+was.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", action="append", default=[], metavar="LABEL=SPEC",
-        help="timm:NAME, timm:NAME:FILE, study:FILE or MODULE:FUNCTION, +gelu at the end; default: quickstart's networks",
+        help="timm:NAME, timm:NAME:FILE, study:FILE or MODULE:FUNCTION, +gelu behind it; default: quickstart's nets",
     )  # fmt: skip
     parser.add_argument("--adversarial", metavar="LABEL", help="the adversarially trained model")
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a folder with a folder per class")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, (label, model) in enumerate(models.items(), start=1):
         print(f"{label}: model {number} of {len(models)}", file=sys.stderr)
         findings[label] = look_at(label, model, images, settings, args.output / "state")
-    lines = claims.lines_of(findings, next(iter(models)), adversarial)
+    answers = claims.answers(findings, next(iter(models)), adversarial)
     about = {
         "command": shlex.join(["python", "examples/robustness_report.py", *(sys.argv[1:] if argv is None else argv)]),
         "images": images.name,
@@ -83,14 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = {
         "about": about,
         "definitions": {name: repr(statistic) for name, statistic in settings.statistics.items()},
-        "claims": claims.to_dict(lines),
+        "claims": claims.to_dict(answers),
         "models": {label: found.to_dict() for label, found in findings.items()},
     }
     args.output.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output / "report.json", json.dumps(_finite(content), indent=1) + "\n")
-    write_atomically(args.output / "report.html", write_page(findings, models, images, settings, lines, about))
-    for line in lines:
-        print(f"{line.verdict:13s} {line.model}: {line.claim}: {line.here}")
+    write_atomically(args.output / "report.html", write_page(findings, models, images, settings, answers, about))
+    for claim, of_models in answers:
+        print(claim.statement)
+        for label, answer in of_models.items():
+            print(f"    {label}: {answer.verdict}: {answer.here}")
     print(f"{time.perf_counter() - start:.0f} s; {args.output / 'report.html'}")
 
 

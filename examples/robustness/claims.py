@@ -1,7 +1,7 @@
 """What chapters 4 and 5 and appendix A of the thesis say of robust models, held against what was measured here.
 
-Rodríguez Muñoz, "Adversarial robustness without perturbations" (MIT 2024). Published numbers are those of the text, of
-the paper's tables (ECCV 2024) and of the stored outputs of the released notebooks.
+Rodríguez Muñoz, "Adversarial robustness without perturbations" (MIT 2024). Published numbers are those of its text, of
+the tables of the paper (ECCV 2024) and of the stored outputs of the released notebooks.
 """
 
 import math
@@ -10,34 +10,48 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gradreg.statistics import Measurements, Moments
+from gradreg.statistics import Moments
 from robustness.findings import Findings
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "open"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One claim about one model.
+class Answer:
+    """What was measured of one model.
 
     Attributes:
-        claim: What is said.
-        where: In the thesis.
-        published: The numbers that it rests on.
-        model: The robust model that is held against it.
-        here: The numbers here.
+        here: In numbers.
         verdict: ``"holds"``, ``"does not hold"``, or ``"open"`` where the 95 % interval holds both.
     """
 
-    claim: str
-    where: str
-    published: str
-    model: str
     here: str
     verdict: str
 
 
-def lines_of(findings: dict[str, Findings], natural: str, adversarial: str | None) -> list[Line]:
-    """Every claim, for every model beside the natural one.
+@dataclass(frozen=True)
+class Claim:
+    """One claim, to be held against a model.
+
+    Attributes:
+        statement: What is said.
+        where: In the thesis.
+        published: The numbers that it rests on.
+        ask: The answer, from the findings of a model and of the one that it is compared with.
+    """
+
+    statement: str
+    where: str
+    published: str
+    ask: Callable[[Findings, Findings], Answer]
+
+
+def answers(
+    findings: dict[str, Findings], natural: str, adversarial: str | None
+) -> list[tuple[Claim, dict[str, Answer]]]:
+    """Every claim, and the answer of every model that it is about.
 
     Args:
         findings: Of all models.
@@ -45,155 +59,153 @@ def lines_of(findings: dict[str, Findings], natural: str, adversarial: str | Non
         adversarial: The adversarially trained one, of whose robust accuracy the others' is a share; None for none.
     """
     base = findings[natural]
-    lines = []
-    for label, found in findings.items():
-        if label != natural:
-            lines += [claim(label, base, found) for claim in CLAIMS]
+    found = [
+        (claim, {label: claim.ask(f, base) for label, f in findings.items() if label != natural}) for claim in CLAIMS
+    ]
+    found.append((WITHIN, {label: WITHIN.ask(f, f) for label, f in findings.items()}))
     if adversarial is not None:
-        top = findings[adversarial].report
-        for label, found in findings.items():
-            if label not in (natural, adversarial):
-                lines.append(
-                    _share(label, found.report.worst_case.value, top.worst_case.value, found, findings[adversarial])
-                )
-    lines += [_within(label, found) for label, found in findings.items()]
-    return lines
+        top, rest = findings[adversarial], [label for label in findings if label not in (natural, adversarial)]
+        found.append((SHARE, {label: SHARE.ask(findings[label], top) for label in rest if "edge" not in label}))
+        found.append((EDGES, {label: EDGES.ask(findings[label], top) for label in rest if "edge" in label}))
+    return [(claim, of_models) for claim, of_models in found if of_models]
 
 
-def smaller(name: str, claim: str, where: str, published: str) -> Callable[[str, Findings, Findings], Line]:
+def to_dict(found: Sequence[tuple[Claim, dict[str, Answer]]]) -> list[dict[str, Any]]:
+    """As JSON holds them."""
+    return [
+        {
+            "claim": claim.statement,
+            "where": claim.where,
+            "published": claim.published,
+            "models": {label: vars(answer) for label, answer in of_models.items()},
+        }
+        for claim, of_models in found
+    ]
+
+
+def smaller(name: str) -> Callable[[Findings, Findings], Answer]:
     """The statistic is smaller than that of the natural model: the mean of the log10 of the ratio, image by image."""
 
-    def line(label: str, base: Findings, found: Findings) -> Line:
-        logs = _logs(base.measurements, name) - _logs(found.measurements, name)
+    def ask(found: Findings, base: Findings) -> Answer:
+        floor = found.measurements.floors[name]
+        logs = (_values(base, name) + floor).log10() - (_values(found, name) + floor).log10()
         moments = Moments.of(logs[logs.isfinite()])
         low, high = moments.interval
-        here = f"{_power(moments.mean)} times smaller ({_power(low)} to {_power(high)}), geometric mean over images"
-        return Line(claim, where, published, label, here, _verdict(low, high))
+        return Answer(f"{_power(moments.mean)} times ({_power(low)} to {_power(high)})", _verdict(low, high))
 
-    return line
+    return ask
 
 
-def larger(name: str, claim: str, where: str, published: str) -> Callable[[str, Findings, Findings], Line]:
+def larger(name: str) -> Callable[[Findings, Findings], Answer]:
     """The statistic is larger than that of the natural model: the mean of the difference, image by image."""
 
-    def line(label: str, base: Findings, found: Findings) -> Line:
-        before, after = (torch.tensor(f.measurements.values[name]).double() for f in (base, found))
-        difference = after - before
-        moments = Moments.of(difference[difference.isfinite()])
-        low, high = moments.interval
-        means = [Moments.of(values[values.isfinite()]).mean for values in (before, after)]
-        here = f"{means[0]:+.2f} natural, {means[1]:+.2f} here: {moments.mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        return Line(claim, where, published, label, here, _verdict(low, high))
+    def ask(found: Findings, base: Findings) -> Answer:
+        before, after = _values(base, name), _values(found, name)
+        both = before.isfinite() & after.isfinite()
+        low, high = Moments.of((after - before)[both]).interval
+        here = f"{before[both].mean():+.2f} to {after[both].mean():+.2f}, by {low:+.2f} to {high:+.2f}"
+        return Answer(here, _verdict(low, high))
 
-    return line
+    return ask
 
 
-def _along(label: str, base: Findings, found: Findings) -> Line:
-    """How much the loss rises on the way to the attacked images."""
+def _rises_less(found: Findings, base: Findings) -> Answer:
     rises = [
         torch.tensor(f.along[1.0].values["loss"]).double() - torch.tensor(f.along[0.0].values["loss"]).double()
         for f in (base, found)
     ]
-    moments = Moments.of(rises[0] - rises[1])
-    low, high = moments.interval
-    here = f"by {rises[0].mean():.2f} natural, {rises[1].mean():.2f} here: {moments.mean:.2f} less ({low:.2f} to {high:.2f})"
-    return Line(
-        "The loss rises less along the direction of an attack",
-        "Fig. A.3",
-        "AT 36 to about 62, GradNorm 37 to about 78: L1 gradients at x and at eps",
-        label,
-        here,
-        _verdict(low, high),
-    )
+    low, high = Moments.of(rises[0] - rises[1]).interval
+    here = f"by {rises[1].mean():.2f} where the natural model's rises by {rises[0].mean():.2f}"
+    return Answer(here, _verdict(low, high))
 
 
-def _within(label: str, found: Findings) -> Line:
-    """Whether gradients are smaller where the attack fails, in one model."""
-    name, measurements = "gradient, L1 norm", found.measurements
-    withstand, fooled = (measurements.summary(name, group) for group in ("withstands", "fooled"))
-    gap = withstand.log10.mean - fooled.log10.mean
-    spread = 1.96 * math.sqrt(
-        sum(s.log10.std**2 / max(s.log10.n - 1, 1) for s in (withstand, fooled))
-    )  # of independent samples
-    known = withstand.log10.n > 1 and fooled.log10.n > 1
-    here = (
-        f"means {withstand.mean:.3g} (n = {withstand.n}) and {fooled.mean:.3g} (n = {fooled.n})"
-        if withstand.n and fooled.n
-        else "all images are in one group"
-    )
-    return Line(
-        "Gradients are smaller at images that withstand the attack",
-        "Table 4.1",
-        "Swin-B, adversarially trained: 10.96 and 75.90",
-        label,
-        here,
-        _verdict(-gap - spread, -gap + spread) if known else "open",
-    )
+def _within(found: Findings, _: Findings) -> Answer:
+    name = "gradient, L1 norm"
+    withstand, fooled = (found.measurements.summary(name, group) for group in ("withstands", "fooled"))
+    if min(withstand.log10.n, fooled.log10.n) < 2:
+        return Answer("all images but one at most are in one group", OPEN)
+    gap = fooled.log10.mean - withstand.log10.mean
+    spread = 1.96 * math.sqrt(sum(s.log10.std**2 / (s.log10.n - 1) for s in (withstand, fooled)))
+    here = f"means {withstand.mean:.3g} (n = {withstand.n}) and {fooled.mean:.3g} (n = {fooled.n})"
+    return Answer(here, _verdict(gap - spread, gap + spread))
 
 
-def _share(label: str, mine: float, top: float, found: Findings, adversarial: Findings) -> Line:
-    both = adversarial.report.compare(found.report)
-    share = mine / top if top else math.nan
-    edges = "edge" in label.lower()
-    target = 0.6 if edges else 0.9
-    return Line(
-        f"{'Edge alignment' if edges else 'A penalty'} reaches {100 * target:.0f} % of adversarial training's robust accuracy",
-        "Table 5.1" if edges else "Table 4.2",
-        "35.02 of 56.12: 62 %" if edges else "51.58 of 56.12: 92 %",
-        label,
-        f"{100 * mine:.1f} of {100 * top:.1f} %: {100 * share:.0f} % ({both})",
-        "holds" if share >= target else "does not hold",
-    )
+def _share_of(target: float) -> Callable[[Findings, Findings], Answer]:
+    def ask(found: Findings, top: Findings) -> Answer:
+        mine, theirs = found.report.worst_case, top.report.worst_case
+        low, high = top.report.compare(found.report).interval
+        share = mine.value / theirs.value if theirs.count else math.nan
+        points = f"{100 * mine.value:.1f} of {100 * theirs.value:.1f} %"
+        between = f"{-100 * high:+.1f} to {-100 * low:+.1f} points"
+        return Answer(f"{100 * share:.0f} %: {points} ({between})", HOLDS if share >= target else FAILS)
+
+    return ask
 
 
-CLAIMS: Sequence[Callable[[str, Findings, Findings], Line]] = (
-    smaller(
-        "gradient, L1 norm",
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
         "The loss's gradient is smaller",
         "Table 4.1",
-        "L1, Swin-B: 3,892 natural, 37.4 robust (104 times)",
+        "mean L1 norm, Swin-B: 3,892 natural, 37.4 adversarially trained (104 times)",
+        smaller("gradient, L1 norm"),
     ),
-    smaller(
-        "Hessian norm", "The loss bends less", "Table A.1", "Hessian norm 1,436,045 natural, 0.751 AT, 0.788 GradNorm"
+    Claim(
+        "The loss bends less",
+        "Table A.1",
+        "Hessian norm 1,436,045 natural, 0.751 adversarial, 0.788 GradNorm",
+        smaller("Hessian norm"),
     ),
-    smaller(
-        "normalised curvature",
+    Claim(
         "Its gradient turns less, relative to its length",
         "Table A.1, Fig. A.1",
-        "curvature 17,666 natural, 2.17 AT, 2.15 GradNorm",
+        "curvature 17,666 natural, 2.17 adversarial, 2.15 GradNorm",
+        smaller("normalised curvature"),
     ),
-    smaller(
-        "local linearity error",
+    Claim(
         "The loss is closer to linear around an image",
         "Table A.2, Fig. A.2",
-        "log10 -4.58 natural, -6.84 AT, -6.60 GradNorm (100 to 180 times)",
+        "log10 -4.58 natural, -6.84 adversarial, -6.60 GradNorm (100 to 180 times)",
+        smaller("local linearity error"),
     ),
-    larger(
-        "edge correlation of the loss's gradient",
-        "Gradients look like edges",
+    Claim("The loss rises less along an attack's direction", "Fig. A.3", "a figure", _rises_less),
+    Claim(
+        "The loss's gradient looks like the image's edges",
         "Table 5.1",
-        "about -0.45 natural, +0.56 robust; 0.569 in a stored output",
+        "log-log correlation about -0.45 natural, +0.56 robust",
+        larger("edge correlation of the loss's gradient"),
     ),
-    larger("the same, edge pixels", "The same where there are edges at all", "beyond the thesis", "no number"),
-    larger(
-        "edge correlation of the saliency map",
-        "Saliency maps look like edges",
+    Claim("The same, where there are edges at all", "beyond the thesis", "", larger("the same, edge pixels")),
+    Claim(
+        "So does the saliency map",
         "Table 5.1",
         "about -0.45 natural, +0.56 robust",
+        larger("edge correlation of the saliency map"),
     ),
-    larger("the same, edge pixels only", "The same where there are edges at all", "beyond the thesis", "no number"),
-    larger(
-        "signs that stay under noise of eps / 4",
+    Claim("The same, where there are edges at all ", "beyond the thesis", "", larger("the same, edge pixels only")),
+    Claim(
         "Gradients keep their signs under noise",
         "beyond the thesis",
-        "no number",
+        "",
+        larger("signs that stay under noise of eps / 4"),
     ),
-    _along,
 )
+WITHIN = Claim(
+    "Gradients are smaller at images that withstand PGD-10",
+    "Table 4.1",
+    "mean L1 norm, adversarially trained Swin-B: 10.96 and 75.90",
+    _within,
+)
+SHARE = Claim(
+    "A penalty has 90 % of adversarial training's robust accuracy",
+    "Table 4.2",
+    "51.58 of 56.12 %: 92 %",
+    _share_of(0.9),
+)
+EDGES = Claim("Edge alignment has 60 % of it", "Table 5.1", "35.02 of 56.12 %: 62 %", _share_of(0.6))
 
 
-def _logs(measurements: Measurements, name: str) -> torch.Tensor:
-    return (torch.tensor(measurements.values[name]).double() + measurements.floors[name]).log10()
+def _values(found: Findings, name: str) -> Tensor:
+    return torch.tensor(found.measurements.values[name]).double()
 
 
 def _power(exponent: float) -> str:
@@ -201,11 +213,6 @@ def _power(exponent: float) -> str:
 
 
 def _verdict(low: float, high: float) -> str:
-    if math.isnan(low):
-        return "open"
-    return "holds" if low > 0 else "does not hold" if high < 0 else "open"
-
-
-def to_dict(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """As JSON holds them."""
-    return [vars(line) for line in lines]
+    if low > 0:
+        return HOLDS
+    return FAILS if high < 0 else OPEN

