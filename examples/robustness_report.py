@@ -24,13 +24,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+
+import gradreg
+from gradreg.state import write_atomically
+
 from robustness import claims
 from robustness.findings import Settings, look_at
 from robustness.page import write_page
 from robustness.subjects import load_images, load_model, trained_on_digits
-
-import gradreg
-from gradreg.state import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> None:

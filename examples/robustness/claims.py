@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradreg.statistics import Moments
+
 from robustness.findings import Findings
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "open"

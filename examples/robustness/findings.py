@@ -35,6 +35,7 @@ from gradreg.statistics import (
     measure,
     measure_along,
 )
+
 from robustness.subjects import Images
 
 SCALES = [step * 2 / 8 for step in range(9)]

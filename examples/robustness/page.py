@@ -11,6 +11,7 @@ from torch import nn
 
 from gradreg import plots
 from gradreg.statistics import EdgeCorrelation
+
 from robustness.claims import FAILS, HOLDS, Answer, Claim
 from robustness.findings import Findings, Settings
 from robustness.subjects import Images
@@ -20,6 +21,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; marg
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; margin: 0.8rem 0; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #e6e6e6; text-align: left; vertical-align: top; }
+td:first-child { min-width: 9rem; }
 td.number, th.number { text-align: right; white-space: nowrap; } img { max-width: 100%; height: auto; }
 figure { margin: 1rem 0; } figcaption { font-size: 0.85rem; color: #555; } dt { font-weight: 600; margin-top: 0.6rem; }
 code { font-size: 0.85rem; background: #f4f4f4; padding: 0 0.2rem; } .holds { color: #00664b; }
@@ -60,8 +62,8 @@ def write_page(
         _section(
             "The thesis's claims",
             f"<p class='note'>Every model is held against {escape(next(iter(findings)))}, image by image; "
-            "<em>times</em> are geometric means over images. <em>Holds</em>: the whole interval lies on the side of the "
-            "claim. <em>Open</em>: it holds both sides.</p>",
+            "<em>times</em> are geometric means over images. <em>Holds</em>: the whole interval lies on the side of "
+            "the claim. <em>Open</em>: it holds both sides.</p>",
             _claims(answers, list(findings)),
         ),
         _section("Statistics", _statistics(findings), _by_outcome(findings)),
@@ -163,9 +165,13 @@ def _statistics(findings: dict[str, Findings]) -> str:
         for found in findings.values():
             s = found.measurements.summary(name)
             low, high = s.interval
-            log = f"<br>log10 {s.log10.mean:.2f} ± {s.log10.std:.2f}" if s.log10.n == s.n and s.lowest >= 0 else ""
+            scale = (
+                s.log10.n == s.n and s.lowest >= 0 and first.units[name] not in ("correlation", "share of coordinates")
+            )
+            log = f"<br>log10 {s.log10.mean:.2f} ± {s.log10.std:.2f}" if scale else ""
             undefined = f"<br>{s.undefined} undefined" if s.undefined else ""
-            cells.append(f"{s.mean:.3g} ({low:.3g} to {high:.3g})<br>median {s.quantile(0.5):.3g}{log}{undefined}")
+            interval = f"<br>({low:.3g} to {high:.3g})"
+            cells.append(f"{s.mean:.3g}{interval}<br>median {s.quantile(0.5):.3g}{log}{undefined}")
         rows.append([f"{escape(name)}<br><span class='note'>{escape(first.units[name])}</span>", *cells])
     return _table(["mean (95 %), median, log10", *map(escape, findings)], rows, numbers=True)
 

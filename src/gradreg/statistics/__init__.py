@@ -9,7 +9,7 @@ released code differ.
 from gradreg.statistics.curvature import Curvature, HessianNorm, LocalLinearityError
 from gradreg.statistics.edges import EdgeCorrelation, EdgeCosine, pearson
 from gradreg.statistics.gradients import GradientNorm, Loss, SignAgreement
-from gradreg.statistics.measure import Measurements, gradient_histograms, measure, measure_along
+from gradreg.statistics.measurements import Measurements, gradient_histograms, measure, measure_along
 from gradreg.statistics.point import Point
 from gradreg.statistics.statistic import Statistic
 from gradreg.statistics.summary import LogHistogram, Moments, Summary
