@@ -7,9 +7,9 @@ r"""Models side by side on one page: accuracy under attack, gradients, curvature
     python examples/robustness_report.py --data results/photographs --eps 0.5/255 \
         --model lite0=timm:tf_efficientnet_lite0:weights.pth --model smooth=timm:tf_efficientnet_lite0:weights.pth+gelu
 
-Writes ``report.html``, which needs no other file, and ``report.json`` with every number. The first model is the one
-that the others are compared with. What is finished is not done again: interrupted, the same command goes on where it
-was.
+Writes ``report.html``, which needs no other file, ``report.json`` with its numbers, ``claims.md``, and for every model
+``LABEL.statistics.json`` with those of every image. The first model is the one that the others are compared with. What
+is finished is not done again: interrupted, the same command goes on where it was.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     findings = {}
     for number, (label, model) in enumerate(models.items(), start=1):
         print(f"{label}: model {number} of {len(models)}", file=sys.stderr)
-        findings[label] = look_at(label, model, images, settings, args.output / "state")
+        findings[label] = look_at(label, model, images, settings, args.output)
     answers = claims.answers(findings, next(iter(models)), adversarial)
     about = {
         "command": shlex.join(["python", "examples/robustness_report.py", *(sys.argv[1:] if argv is None else argv)]),
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output / "report.json", json.dumps(_finite(content), indent=1) + "\n")
+    write_atomically(args.output / "claims.md", claims.to_markdown(answers, list(findings)))
     write_atomically(args.output / "report.html", write_page(findings, models, images, settings, answers, about))
     for claim, of_models in answers:
         print(claim.statement)

@@ -166,6 +166,12 @@ def imports(file: Path) -> set[str]:
 # Layers
 
 
+def test_layers_are_those_that_are_documented() -> None:
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text()
+    for level, names in enumerate(LAYERS):
+        assert f"\n| {level} | {' '.join(f'`{name}`' for name in sorted(names))} |\n" in text
+
+
 def test_every_module_is_in_one_layer() -> None:
     assert sorted(name for layer in LAYERS for name in layer) == PARTS
 

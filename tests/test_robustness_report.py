@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from gradreg import smoothify
+from gradreg.statistics import Measurements
 
 import quickstart
 import robustness_report
@@ -106,8 +107,7 @@ def test_page_and_numbers_and_a_second_run_that_does_nothing_again(
     monkeypatch.setattr("gradreg.statistics.measurements._measured", never)
     monkeypatch.setattr("gradreg.evaluation.verdicts._verdicts", never)
     run(small)
-    again = json.loads((small / "report.json").read_text())
-    assert again["models"]["natural"]["statistics"]["values"] == numbers["models"]["natural"]["statistics"]["values"]
+    assert json.loads((small / "report.json").read_text()) == numbers
     capsys.readouterr()
 
 
@@ -157,12 +157,17 @@ def test_claims_hold_what_was_measured(small: Path) -> None:
     """By hand: the mean log10 of the ratio of gradient norms, and the share of robust accuracies."""
     run(small)
     numbers = json.loads((small / "report.json").read_text())
-    natural, robust = numbers["models"]["natural"], numbers["models"]["PGD-3"]
     name = "gradient, L1 norm"
-    logs = np.log10(natural["statistics"]["values"][name]) - np.log10(robust["statistics"]["values"][name])
+    natural, robust = (
+        np.array(Measurements.load(small / f"{label}.statistics.json").values[name]) for label in ("natural", "PGD-3")
+    )
+    logs = np.log10(natural) - np.log10(robust)
     (claim,) = (claim for claim in numbers["claims"] if claim["claim"] == "The loss's gradient is smaller")
     assert claim["models"]["PGD-3"]["here"].startswith(f"{10 ** logs.mean():.2g} times")
     assert "natural" not in claim["models"]
+    table = (small / "claims.md").read_text().splitlines()
+    assert len(table) == 2 + len(numbers["claims"])
+    assert table[2].endswith(f"| {claim['models']['PGD-3']['verdict']}: {claim['models']['PGD-3']['here']} |")
 
 
 def test_every_statistic_that_a_claim_names_is_measured() -> None:

@@ -84,6 +84,18 @@ def to_dict(found: Sequence[tuple[Claim, dict[str, Answer]]]) -> list[dict[str, 
     ]
 
 
+def to_markdown(found: Sequence[tuple[Claim, dict[str, Answer]]], labels: Sequence[str]) -> str:
+    """As a table."""
+    lines = [f"| claim | where, and what is published | {' | '.join(labels)} |", "|---|---|" + "---|" * len(labels)]
+    for claim, of_models in found:
+        where = f"{claim.where}: {claim.published}" if claim.published else claim.where
+        cells = [
+            f"{of_models[label].verdict}: {of_models[label].here}" if label in of_models else "" for label in labels
+        ]
+        lines.append(f"| {claim.statement.strip()} | {where} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def smaller(name: str) -> Callable[[Findings, Findings], Answer]:
     """The statistic is smaller than that of the natural model: the mean of the log10 of the ratio, image by image."""
 

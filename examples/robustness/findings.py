@@ -1,10 +1,12 @@
 """Everything that is measured of one model. Each part has a state file, so that an interrupted report goes on."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradreg import (
@@ -122,12 +124,12 @@ class Findings:
     path: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; on the way along an attack, means only."""
+        """The numbers of the page as JSON holds them, without those of each image."""
         names = list(next(iter(self.along.values())).values)
         return {
-            "accuracy": self.report.to_dict(),
-            "curve": self.curve.to_dict(),
-            "statistics": self.measurements.to_dict(),
+            "accuracy": _without(self.report.to_dict(), "verdicts", "samples"),
+            "curve": _without(self.curve.to_dict(), "distances", "samples"),
+            "statistics": _without(self.measurements.to_dict(), "values", "clean", "attacked", "samples"),
             "along_attack": {
                 str(scale): {name: found.summary(name).mean for name in names} for scale, found in self.along.items()
             },
@@ -135,7 +137,7 @@ class Findings:
                 name: {"bins_per_decade": h.bins_per_decade, "zeros": h.zeros, "counts": dict(sorted(h.counts.items()))}
                 for name, h in self.histograms.items()
             },
-            "power_iteration": self.path.tolist(),
+            "power_iteration": self.path.quantile(torch.tensor([0.05, 0.5, 0.95]).to(self.path), dim=0).tolist(),
         }
 
 
@@ -147,14 +149,15 @@ def look_at(label: str, model: nn.Module, images: Images, settings: Settings, fo
         model: On pixels in [0, 1].
         images: What to look at.
         settings: How.
-        folder: Where the state files are.
+        folder: Where the state files are, and where the statistics of every image go.
     """
     loader = images.loader(settings.batch_size)
     stem = re.sub(r"[^\w.-]+", "-", label)
-    folder.mkdir(parents=True, exist_ok=True)
+    states = folder / "state"
+    states.mkdir(parents=True, exist_ok=True)
 
     def state(part: str) -> Path:
-        return folder / f"{stem}.{part}.json"
+        return states / f"{stem}.{part}.json"
 
     report = evaluate(model, loader, settings.attacks, seed=settings.seed, state=state("accuracy"))
     radii = [factor * settings.eps for factor in RADII]
@@ -163,6 +166,7 @@ def look_at(label: str, model: nn.Module, images: Images, settings: Settings, fo
     measurements = measure(
         model, loader, settings.statistics, attack=settings.grouping, seed=settings.seed, state=state("statistics")
     )
+    measurements.save(folder / f"{stem}.statistics.json")
     followed = {
         "loss": Loss(),
         "gradient, L1 norm": GradientNorm(p=1),
@@ -173,3 +177,7 @@ def look_at(label: str, model: nn.Module, images: Images, settings: Settings, fo
     x, y = next(iter(loader))
     path = settings.statistics["Hessian norm"].path(Point(model, x, y, twice=True))
     return Findings(report, curve, measurements, along, histograms, path)
+
+
+def _without(content: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in names}

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from gradreg import Linf, PGDAttack, RandomSearch, RobustnessReport, accuracy_curve, evaluate
+from gradreg.statistics import GradientNorm, HessianNorm, gradient_histograms, measure
 
 from processes import leave
 
@@ -162,6 +163,12 @@ def _curve(folder: Path) -> dict[str, Any]:
     return {"samples": curve.samples, "distances": [str(distance) for distance in curve.distances]}
 
 
+def _statistics(folder: Path) -> dict[str, Any]:
+    measured = measure(model(), batches(), [GradientNorm(), HessianNorm(3)], attack=ATTACKS["pgd"], progress=False)
+    histogram = gradient_histograms(model(), batches(), progress=False)["all"]
+    return {"values": measured.values, "attacked": measured.attacked, "histogram": sorted(histogram.counts.items())}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": lambda folder: found(),
     "masking": lambda folder: found(masking=8),
@@ -179,8 +186,9 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sharded": _sharded,
     "bar": _bar,
     "curve": _curve,
+    "statistics": _statistics,
 }
-ALONE = ("plain", "masking", "one batch", "curve")  # what one process does to compare with
+ALONE = ("plain", "masking", "one batch", "curve", "statistics")  # what one process does to compare with
 
 
 def _run(rank: int, folder: str, output: str) -> None:

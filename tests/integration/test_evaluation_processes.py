@@ -112,6 +112,11 @@ class TestTwoRanks:
         assert of_ranks(results, "curve") == [expected, expected]
         assert len(set(expected["distances"])) == 5
 
+    def test_share_statistics(self, results: dict[str, Any]) -> None:
+        expected = results["alone"]["statistics"]
+        assert of_ranks(results, "statistics") == [expected, expected]
+        assert len(expected["attacked"]) == len(expected["values"]["Hessian norm"]) == SAMPLES
+
     def test_show_one_bar(self, results: dict[str, Any]) -> None:
         first, second = (found["shown"] for found in of_ranks(results, "bar"))
         assert f"{TOTAL}/{TOTAL}" in first
