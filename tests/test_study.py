@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_runs_resume_and_the_report_tabulates_them(small: ModuleType, folder: Path, tmp_path: Path) -> None:
-    methods = ["natural", "PGD-3", "PGD-3, 1.2 eps", "noisy differences, half, 0.6"]
+    methods = ["natural", "PGD-3", "PGD-3, 0.8 eps", "noisy differences, half, 0.6"]
     options = ["--steps", "6", "--data", str(folder), "--output", str(tmp_path), "--methods", *methods]
     small.main(options)
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
@@ -116,7 +116,7 @@ def _points(rows: list[dict[str, object]]) -> Points:
 
 class TestPoints:
     def test_above_the_curve_at_the_same_clean_accuracy(self) -> None:
-        curve = [_result("PGD-3", s, 80, 60) for s in (0, 1)] + [_result("PGD-3, 1.2 eps", s, 70, 70) for s in (0, 1)]
+        curve = [_result("PGD-3", s, 80, 60) for s in (0, 1)] + [_result("PGD-3, 0.8 eps", s, 70, 70) for s in (0, 1)]
         points = _points([*curve, *(_result("N-FGSM", s, 75, 68) for s in (0, 1))])
         above = points.above_curve("N-FGSM")
         assert above is not None
@@ -125,13 +125,13 @@ class TestPoints:
 
     @pytest.mark.parametrize(("clean", "height"), [(90, 60), (50, 70)])
     def test_beyond_its_ends_the_curve_is_level(self, clean: int, height: int) -> None:
-        curve = [_result("PGD-3", 0, 80, 60), _result("PGD-3, 1.2 eps", 0, 70, 70)]
+        curve = [_result("PGD-3", 0, 80, 60), _result("PGD-3, 0.8 eps", 0, 70, 70)]
         above = _points([*curve, _result("FGSM", 0, clean, 65)]).above_curve("FGSM")
         assert above is not None
         assert above[0] == pytest.approx(65 - height)
 
     def test_seeds_count_that_all_have(self) -> None:
-        curve = [_result("PGD-3", 0, 80, 60), _result("PGD-3", 1, 80, 20), _result("PGD-3, 1.2 eps", 0, 70, 70)]
+        curve = [_result("PGD-3", 0, 80, 60), _result("PGD-3", 1, 80, 20), _result("PGD-3, 0.8 eps", 0, 70, 70)]
         points = _points([*curve, _result("FGSM", 1, 75, 0), _result("FGSM", 0, 75, 66)])
         above = points.above_curve("FGSM")
         assert above is not None

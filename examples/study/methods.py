@@ -145,7 +145,6 @@ METHODS: dict[str, Method] = {
     "PGD-3, 0.6 eps": pgd_3(0.6),
     "PGD-3, 0.8 eps": pgd_3(0.8),
     "PGD-3": pgd_3(1.0),
-    "PGD-3, 1.2 eps": pgd_3(1.2),
 }
 
 # What takes the cheap estimators apart, to be run for fewer seeds.
@@ -167,6 +166,7 @@ ABLATIONS: dict[str, Method] = {
     "noisy differences, quarter, 1.0, without bounds": noisy(1.0, 0.25, bounds=None),
     "N-FGSM, 1.2 eps": n_fgsm(1.2, 1.0),
     "N-FGSM, noise 2 eps": n_fgsm(1.0, 2.0),
+    "PGD-3, 1.2 eps": pgd_3(1.2),
     "PGD-3, 1.4 eps": pgd_3(1.4),
 }
 
