@@ -20,7 +20,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adversarial", metavar="LABEL", help="the adversarially trained model")
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a folder with a folder per class")
     parser.add_argument("--images", type=int, help="take the first IMAGES only")
-    parser.add_argument("--eps", help="largest change of a pixel of [0, 1], such as 4/255")
+    parser.add_argument("--eps", type=_number, help="largest change of a pixel of [0, 1], such as 4/255")
     parser.add_argument("--iterations", type=int, default=20, help="products with the Hessian")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     adversarial = args.adversarial or ("PGD-3" if "PGD-3" in models else None)
     if adversarial is not None and adversarial not in models:
         parser.error(f"--adversarial {adversarial} is none of the models: {', '.join(models)}")
-    eps = float(Fraction(args.eps)) if args.eps else images.eps
+    eps = images.eps if args.eps is None else args.eps
     settings = Settings(eps, args.iterations, args.batch_size, args.seed)
     findings = {}
     for number, (label, model) in enumerate(models.items(), start=1):
@@ -97,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for label, answer in of_models.items():
             print(f"    {label}: {answer.verdict}: {answer.here}")
     print(f"{time.perf_counter() - start:.0f} s; {args.output / 'report.html'}")
+
+
+def _number(text: str) -> float:
+    """A number, or the quotient of two."""
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator or 1)
 
 
 def _finite(value: object) -> object:

@@ -92,7 +92,7 @@ def to_markdown(found: Sequence[tuple[Claim, dict[str, Answer]]], labels: Sequen
         cells = [
             f"{of_models[label].verdict}: {of_models[label].here}" if label in of_models else "" for label in labels
         ]
-        lines.append(f"| {claim.statement.strip()} | {where} | {' | '.join(cells)} |")
+        lines.append(f"| {claim.statement} | {where} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -104,7 +104,9 @@ def smaller(name: str) -> Callable[[Findings, Findings], Answer]:
         logs = (_values(base, name) + floor).log10() - (_values(found, name) + floor).log10()
         moments = Moments.of(logs[logs.isfinite()])
         low, high = moments.interval
-        return Answer(f"{_power(moments.mean)} times ({_power(low)} to {_power(high)})", _verdict(low, high))
+        means = " to ".join(f"{f.measurements.summary(name).mean:.3g}" for f in (base, found))
+        here = f"{_power(moments.mean)} times ({_power(low)} to {_power(high)}); means {means}"
+        return Answer(here, _verdict(low, high))
 
     return ask
 
@@ -187,14 +189,19 @@ CLAIMS: tuple[Claim, ...] = (
         "log-log correlation about -0.45 natural, +0.56 robust",
         larger("edge correlation of the loss's gradient"),
     ),
-    Claim("The same, where there are edges at all", "beyond the thesis", "", larger("the same, edge pixels")),
+    Claim("It does where there are edges at all", "beyond the thesis", "", larger("the same, edge pixels")),
     Claim(
         "So does the saliency map",
         "Table 5.1",
         "about -0.45 natural, +0.56 robust",
         larger("edge correlation of the saliency map"),
     ),
-    Claim("The same, where there are edges at all ", "beyond the thesis", "", larger("the same, edge pixels only")),
+    Claim(
+        "So does the saliency map where there are edges at all",
+        "beyond the thesis",
+        "",
+        larger("the same, edge pixels only"),
+    ),
     Claim(
         "Gradients keep their signs under noise",
         "beyond the thesis",
