@@ -189,7 +189,12 @@ CLAIMS: tuple[Claim, ...] = (
         "log-log correlation about -0.45 natural, +0.56 robust",
         larger("edge correlation of the loss's gradient"),
     ),
-    Claim("It does where there are edges at all", "beyond the thesis", "", larger("the same, edge pixels")),
+    Claim(
+        "It does where there are edges at all",
+        "beyond the thesis",
+        "",
+        larger("edge correlation of the loss's gradient, edge pixels"),
+    ),
     Claim(
         "So does the saliency map",
         "Table 5.1",
@@ -200,7 +205,7 @@ CLAIMS: tuple[Claim, ...] = (
         "So does the saliency map where there are edges at all",
         "beyond the thesis",
         "",
-        larger("the same, edge pixels only"),
+        larger("edge correlation of the saliency map, edge pixels"),
     ),
     Claim(
         "Gradients keep their signs under noise",

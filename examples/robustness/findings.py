@@ -77,9 +77,11 @@ class Settings:
             "normalised curvature": Curvature(self.iterations, seed=self.seed),
             "local linearity error": LocalLinearityError(self.threat, seed=self.seed),
             "edge correlation of the loss's gradient": EdgeCorrelation(),
-            "the same, edge pixels": EdgeCorrelation(edges_only=True),
+            "edge correlation of the loss's gradient, edge pixels": EdgeCorrelation(edges_only=True),
             "edge correlation of the saliency map": EdgeCorrelation(of=predicted_class(), channels="max"),
-            "the same, edge pixels only": EdgeCorrelation(of=predicted_class(), channels="max", edges_only=True),
+            "edge correlation of the saliency map, edge pixels": EdgeCorrelation(
+                of=predicted_class(), channels="max", edges_only=True
+            ),
             "cosine of the class gradient and edges": EdgeCosine(of=predicted_class()),
             "signs that stay under noise of eps / 4": SignAgreement(self.threat.scaled(0.25), seed=self.seed),
         }

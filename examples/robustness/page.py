@@ -195,7 +195,10 @@ def _distributions(findings: dict[str, Findings]) -> list[str]:
         ("gradient, L1 norm", "L1 norm of the loss's gradient"),
         ("normalised curvature", "Normalised curvature"),
         ("local linearity error", "Local linearity error"),
-        ("the same, edge pixels", "Edge correlation of the loss's gradient, pixels that have an edge"),
+        (
+            "edge correlation of the loss's gradient, edge pixels",
+            "Edge correlation of the loss's gradient, pixels that have an edge",
+        ),
     ):
         pictures.append(_picture(plots.distributions(measured, name), f"{caption}; a line marks each median."))
     return pictures
