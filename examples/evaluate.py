@@ -25,7 +25,6 @@ from pathlib import Path
 
 import timm
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -39,12 +38,12 @@ from gradreg import (
     Linf,
     PGDAttack,
     RandomSearch,
-    RobustnessCurve,
     RobustnessReport,
     TargetedAPGDAttack,
     accuracy_curve,
     dlr,
     evaluate,
+    plots,
     smoothify,
     with_normalization,
 )
@@ -156,25 +155,6 @@ def table(report: RobustnessReport, title: str) -> str:
     return f"{title}\n\n{report}\n\n{note}\n"
 
 
-def plot(curve: RobustnessCurve, unit: float, label: str, path: Path) -> None:
-    """Accuracy against eps with its interval."""
-    eps = [0.0, *curve.eps]
-    accuracies = [curve.accuracy(radius) for radius in eps]
-    x = [radius * unit for radius in eps]
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    axes.plot(x, [100 * accuracy.value for accuracy in accuracies], color="#0072B2", marker="o", markersize=3)
-    low, high = zip(*(accuracy.interval for accuracy in accuracies), strict=True)
-    axes.fill_between(
-        x, [100 * v for v in low], [100 * v for v in high], color="#0072B2", alpha=0.15, label="95 % interval"
-    )
-    axes.set(xlabel=label, ylabel=f"accuracy under attack, % of {curve.n} images", ylim=(0, 100), xlim=(0, x[-1]))
-    axes.grid(axis="y", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, and write report, table, curve and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve.save(args.output / "curve.json")
         label = f"eps, {args.norm} radius in {'1/255' if args.norm == 'Linf' else 'pixels of [0, 1]'}"
         label += f" (PGD-{args.curve_steps}, up to {math.ceil(math.log2(args.curve + 1))} per image)"
-        plot(curve, unit, label, args.output / "curve.png")
+        plots.accuracy_curves({args.model: curve}, xlabel=label, scale=unit).savefig(args.output / "curve.png")
     print(table(report, title))
     print(f"Files in {args.output}")
 

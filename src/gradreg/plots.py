@@ -103,12 +103,18 @@ def perturbations(models: Models, x: Float[Tensor, "B C H W"], y: Tensor, attack
     return figure
 
 
-def accuracy_curves(curves: Mapping[str, RobustnessCurve], *, unit: str = "pixels of [0, 1]") -> Figure:
+def accuracy_curves(
+    curves: Mapping[str, RobustnessCurve],
+    *,
+    scale: float = 1.0,
+    xlabel: str = "eps, radius of the perturbation (pixels in [0, 1])",
+) -> Figure:
     """Accuracy against the radius of the perturbation, with 95 % intervals (Fig. 4.1 of the thesis).
 
     Args:
         curves: Of each model, from :func:`gradreg.accuracy_curve` or :func:`gradreg.minimal_distortion`.
-        unit: Of the radius.
+        scale: Factor on the radii: 255 shows them in steps of a byte.
+        xlabel: What they are then.
 
     Example:
         >>> curve = RobustnessCurve(["a", "b"], [0.01, 0.2], [0.1])
@@ -120,10 +126,11 @@ def accuracy_curves(curves: Mapping[str, RobustnessCurve], *, unit: str = "pixel
         radii = [0.0, *(curve.eps or sorted({d for d in curve.distances if 0 < d < math.inf}))]
         found = [curve.accuracy(radius) for radius in radii]
         every = max(1, len(radii) // 10)
-        axes.plot(radii, [100 * accuracy.value for accuracy in found], label=name, markevery=every, **looks)
+        at = [scale * radius for radius in radii]
+        axes.plot(at, [100 * accuracy.value for accuracy in found], label=name, markevery=every, **looks)
         low, high = ([100 * accuracy.interval[side] for accuracy in found] for side in (0, 1))
-        axes.fill_between(radii, low, high, color=looks["color"], alpha=0.15, lw=0)
-    axes.set(xlabel=f"eps, radius of the perturbation ({unit})", ylabel="accuracy, %", ylim=(0, 100))
+        axes.fill_between(at, low, high, color=looks["color"], alpha=0.15, lw=0)
+    axes.set(xlabel=xlabel, ylabel="accuracy, %", ylim=(0, 100))
     return _finished(figure, axes)
 
 
