@@ -8,6 +8,7 @@ colour-blind readers can tell apart (Okabe & Ito, "Color Universal Design", 2008
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -367,7 +368,7 @@ def _images(rows: int, titles: Sequence[str]) -> tuple[Figure, list[list[Axes]]]
     figure = Figure(figsize=(side * len(titles), 1.1 * side * rows + 0.3), layout="constrained", dpi=150)
     axes = figure.subplots(rows, len(titles), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=8)
+        axis.set_title("\n".join(wrap(title, round(13 * side))), fontsize=8)
     return figure, [list(column) for column in axes.T]
 
 
