@@ -526,6 +526,16 @@ def test_measured_is_what_each_statistic_says() -> None:
     assert all(f"| {name} |" in str(found) for name, _ in ALL)
 
 
+def test_statistics_of_one_point_share_its_gradient() -> None:
+    model, (x, y) = make_model("conv"), make_batch(7)
+    statistics = [GradientNorm(p=1), GradientNorm(p=2), EdgeCosine(sigma=0.6), EdgeCorrelation(sigma=0.6)]
+    found = measure(model, loader_of(x, y, 3), statistics, progress=False)
+    assert found.cost["backward"] == 7
+    assert found.cost["forward"] == 14  # one for the verdict, one to differentiate
+    twice = [HessianNorm(4), Curvature(4), GradientNorm()]
+    assert measure(model, [(x, y)], twice, progress=False).cost["forward"] == 14
+
+
 def test_batch_size_and_order_do_not_matter() -> None:
     model, (x, y) = make_model("conv"), make_batch(7)
     attack = PGDAttack(Linf(0.1), steps=3)
