@@ -449,6 +449,13 @@ def test_batches_of_any_size_are_summed_up_as_one(values: list[float], cuts: lis
         assert at_once.quantile(q) == pytest.approx(expected, rel=0.0024, abs=1e-12)
 
 
+def test_spread_between_batches_counts() -> None:
+    summary = Summary()
+    for part in ([1.0, 2.0], [30.0], [4.0, 500.0, 6.0]):
+        summary.add(part)
+    assert summary.std == pytest.approx(np.std([1.0, 2.0, 30.0, 4.0, 500.0, 6.0]))
+
+
 def test_memory_does_not_grow_with_the_number_of_values() -> None:
     summary, histogram = Summary(), LogHistogram()
     sizes = []
