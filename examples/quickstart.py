@@ -70,7 +70,7 @@ edges = PenalizedLoss(
 grad_norm = PenalizedLoss(
     CROSS_ENTROPY, {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=linear_ramp(3.0, duration=100))}
 )
-noisy_differences = PenalizedLoss(  # the same penalty by finite differences from a noisy start, on half of the batch
+noisy_differences = PenalizedLoss(  # by finite differences from a noisy start, in bounds, on half of the batch
     CROSS_ENTROPY,
     {"grad_norm": Term(GradNormPenalty(Linf(EPS), bounds=(0, 1)), weight=linear_ramp(1.0, duration=100))},
     differentiation=FiniteDifference(step=1.0, one_pass=True),

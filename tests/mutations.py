@@ -136,7 +136,11 @@ MUTATIONS = [
         "found.append(length(product).double() ** 2)",
     ),
     Mutation("statistics/curvature.py", "            direction = unit(product)", "            pass"),
-    Mutation("statistics/curvature.py", "direction = torch.where(some, unit(gradient), direction)", "pass"),
+    Mutation(
+        "statistics/curvature.py",
+        "            return unit(gradient)",
+        "            return unit(torch.ones_like(gradient))",
+    ),
     Mutation(
         "statistics/curvature.py",
         "(length(point.gradient()).double() + self.offset)",

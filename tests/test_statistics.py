@@ -519,18 +519,15 @@ def loader_of(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-ALL = list(STATISTICS.items())
-
-
 def test_measured_is_what_each_statistic_says() -> None:
     model, (x, y) = make_model("conv"), make_batch(7)
-    found = measure(model, loader_of(x, y, 3), dict(ALL), progress=False)
+    found = measure(model, loader_of(x, y, 3), STATISTICS, progress=False)
     for name in ("loss", "L1", "Linf of a class", "cosine", "correlation", "edge pixels"):
         torch.testing.assert_close(torch.tensor(found.values[name]).double(), STATISTICS[name](model, x, y))
     assert found.n == 7
     assert found.accuracy.count == int((model(x).argmax(1) == y).sum())
     assert found.units["Hessian"] == "loss per squared unit of pixel"
-    assert all(f"| {name} |" in str(found) for name, _ in ALL)
+    assert all(f"| {name} |" in str(found) for name in STATISTICS)
 
 
 def test_statistics_of_one_point_share_its_gradient() -> None:
@@ -547,11 +544,11 @@ def test_batch_size_and_order_do_not_matter() -> None:
     model, (x, y) = make_model("conv"), make_batch(7)
     attack = PGDAttack(Linf(0.1), steps=3)
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
-    one = measure(model, loader_of(x, y, 7), dict(ALL), attack=attack, progress=False)
-    other = measure(model, loader_of(x[order], y[order], 2), dict(ALL), attack=attack, progress=False)
+    one = measure(model, loader_of(x, y, 7), STATISTICS, attack=attack, progress=False)
+    other = measure(model, loader_of(x[order], y[order], 2), STATISTICS, attack=attack, progress=False)
     assert [one.samples[i] for i in order] == other.samples
     assert "".join(one.attacked[i] for i in order) == other.attacked
-    for name, _ in ALL:
+    for name in STATISTICS:
         np.testing.assert_allclose(np.array(one.values[name])[order], other.values[name], rtol=1e-8, atol=1e-18)
         assert one.summary(name).mean == pytest.approx(other.summary(name).mean)
 

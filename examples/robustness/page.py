@@ -136,7 +136,7 @@ def _pictures_of_images(models: dict[str, nn.Module], images: Images, settings: 
     scatter = plots.edge_scatter(models, x[:1], y[:1], EdgeCorrelation(edges_only=True))
     return [
         _picture(gradients, "Gradient of the margin; one colour range for each model, to its 99 % quantile."),
-        _picture(perturbations, "What PGD-10 changes; the colours range over its whole ball."),
+        _picture(perturbations, "What PGD-10 changes; the colours range to the largest change."),
         _picture(scatter, "Every pixel of the first image that has an edge."),
     ]
 

@@ -53,7 +53,7 @@ def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel, *, box: Box | No
         >>> grad_norm(torch.tensor([[3.0, -4.0]]), Linf(eps=0.5))
         tensor([3.5000])
     """
-    return threat.dual_norm(grad) if box is None else threat.dual_norm(grad, box)
+    return threat.dual_norm(grad, box)
 
 
 @final

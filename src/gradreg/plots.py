@@ -81,7 +81,7 @@ def perturbations(models: Models, x: Float[Tensor, "B C H W"], y: Tensor, attack
         models: By name.
         x: Some images.
         y: Their classes.
-        attack: Finds the changes; the colours range over all of its ball.
+        attack: Finds the changes. The colours of a model range to its largest one.
 
     Example:
         >>> from gradreg import FGSM, Linf

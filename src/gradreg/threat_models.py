@@ -130,7 +130,7 @@ class ThreatModel(ABC):
         return self.with_eps(rows_of(self.eps, rows, x))
 
     def _rise(self, grad: Tensor, box: Box) -> Tensor:
-        """The dual norm in a box. Where the maximiser turns, the linear function does not rise: it counts as fixed."""
+        """The dual norm in a box. Its derivative is the maximiser, which so can count as fixed."""
         grad = at_least_float32(grad)
         return (_samples(grad) * _samples(self.maximizer(grad.detach(), box))).sum(1)
 

@@ -49,13 +49,7 @@ class _PowerIteration(Statistic):
         return point.once(key, lambda: self._iterate(point))
 
     def _iterate(self, point: Point) -> Tensor:
-        random = noise_of(point, L2(1.0), self.seed)
-        direction = unit(random)
-        if self.start == "gradient":
-            gradient = point.gradient()
-            some = gradient.flatten(1).any(1).view(-1, *[1] * (gradient.ndim - 1))
-            direction = torch.where(some, unit(gradient), direction)
-        found = []
+        direction, found = self._first(point), []
         for _ in range(self.iterations):
             product = point.hessian_product(direction)
             if self.estimate == "norm":
@@ -64,6 +58,17 @@ class _PowerIteration(Statistic):
                 found.append((direction * product).double().flatten(1).sum(1).abs())
             direction = unit(product)
         return torch.stack(found, 1)
+
+    def _first(self, point: Point) -> Tensor:
+        """The direction to begin with; a random one where the gradient is 0."""
+        gradient = point.gradient()
+        some = gradient.flatten(1).any(1)
+        if self.start == "gradient" and bool(some.all()):
+            return unit(gradient)
+        random = unit(noise_of(point, L2(1.0), self.seed))
+        if self.start == "random":
+            return random
+        return torch.where(some.view(-1, *[1] * (gradient.ndim - 1)), unit(gradient), random)
 
 
 @final

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,22 +207,19 @@ def measure(
     """
     named = _named(statistics)
     attack = None if attack is None else attack.for_evaluation(seed)
-    about = {f"statistic {name!r}": describe(statistic) for name, statistic in named.items()}
-    if attack is not None:
-        about["attack"] = f"{attack.name}: {describe(attack)}"
-    twice = any(statistic.twice for statistic in named.values())
 
     def work(counted: Counted, batch: Batch) -> Record:
         with counted.cost() as cost:
-            x, y, right = _read(counted, batch, attack)
-            record = {"clean": as_text(right), "values": _measured(counted, x, y, batch.index, named, twice)}
+            x, y, classes, right = _read(counted, batch, attack)
+            record = {"clean": as_text(right), "values": _measured(counted, x, y, batch.index, named)}
             if attack is not None:
-                record["attacked"] = as_text(_withstood(counted, x, y, right, batch.index, attack))
+                record["attacked"] = as_text(_withstood(counted, x, y, classes, right, batch.index, attack))
         return {**record, "cost": cost}
 
     records, about = work_through(
-        model, loader, work, about=about, seed=seed, state=state, device=device, progress=progress, title="statistics"
-    )
+        model, loader, work, about=_about(named, attack), seed=seed, state=state, device=device, progress=progress,
+        title="statistics",
+    )  # fmt: skip
     return _gathered(records, [record["values"] for record in records], named, about)
 
 
@@ -270,16 +268,14 @@ def measure_along(
     if not places or len(set(places)) < len(places) or not all(map(math.isfinite, places)):
         raise ValueError(f"measure_along: scales are some different numbers, got {scales}.")
     attack = attack.for_evaluation(seed)
-    about = {f"statistic {name!r}": describe(statistic) for name, statistic in named.items()}
-    about |= {"attack": f"{attack.name}: {describe(attack)}", "scales": str(places)}
-    twice = any(statistic.twice for statistic in named.values())
+    about = {**_about(named, attack), "scales": str(places)}
 
     def work(counted: Counted, batch: Batch) -> Record:
         with counted.cost() as cost:
-            x, y, right = _read(counted, batch, attack)
+            x, y, classes, right = _read(counted, batch, attack)
             x_adv = attack(counted, x, y, index=batch.index)
-            attacked = withstands(counted, x_adv, y if y.ndim == 1 else y.argmax(1))
-            values = [_measured(counted, x + scale * (x_adv - x), y, batch.index, named, twice) for scale in places]
+            attacked = withstands(counted, x_adv, classes)
+            values = [_measured(counted, x + scale * (x_adv - x), y, batch.index, named) for scale in places]
         return {"clean": as_text(right), "attacked": as_text(attacked), "along": values, "cost": cost}
 
     records, about = work_through(
@@ -327,13 +323,16 @@ def gradient_histograms(
         raise ValueError(f"gradient_histograms: bins_per_decade is at least 1, got {bins_per_decade}.")
 
     def work(counted: Counted, batch: Batch) -> Record:
-        x, y, _ = _read(counted, batch, None)
+        x, y, *_ = _read(counted, batch, None)
         with torch.inference_mode(False), torch.enable_grad():
             grad = Point(counted, x, y).gradient()
         parts = {"all": grad}
         if grad.ndim == 4:
             parts |= {f"channel {channel}": part for channel, part in enumerate(grad.unbind(1))}
-        return {"histograms": {name: _counted(part, bins_per_decade) for name, part in parts.items()}}
+        histograms = {name: LogHistogram(bins_per_decade) for name in parts}
+        for name, part in parts.items():
+            histograms[name].add(part)
+        return {"histograms": {name: [h.counts, h.zeros] for name, h in histograms.items()}}
 
     records, _ = work_through(
         model, loader, work, about={"gradients": f"bins_per_decade={bins_per_decade}"}, seed=0, state=state,
@@ -342,31 +341,30 @@ def gradient_histograms(
     found: dict[str, LogHistogram] = {}
     for record in records:
         for name, (counts, zeros) in record["histograms"].items():
-            histogram = found.setdefault(name, LogHistogram(bins_per_decade))
-            histogram.counts.update({int(number): count for number, count in counts.items()})
-            histogram.zeros += zeros
+            of_batch = Counter({int(number): count for number, count in counts.items()})
+            found.setdefault(name, LogHistogram(bins_per_decade)).merge(LogHistogram(bins_per_decade, of_batch, zeros))
     return found
 
 
-def _counted(values: Tensor, bins_per_decade: int) -> tuple[dict[int, int], int]:
-    histogram = LogHistogram(bins_per_decade)
-    histogram.add(values)
-    return dict(histogram.counts), histogram.zeros
+def _about(named: Mapping[str, Statistic], attack: Attack | None) -> dict[str, str]:
+    """What the values depend on beside model and data, as texts."""
+    about = {f"statistic {name!r}": describe(statistic) for name, statistic in named.items()}
+    return about if attack is None else {**about, "attack": f"{attack.name}: {describe(attack)}"}
 
 
-def _read(counted: Counted, batch: Batch, attack: Attack | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and labels, and which of them the model gets right."""
+def _read(counted: Counted, batch: Batch, attack: Attack | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, labels, their classes, and which of them the model gets right."""
     x, y = outside_inference_mode(batch.x), outside_inference_mode(batch.y)
     checks.finite_range(x)
     if attack is not None:
         check_batch(attack, x)
-    _, right = classified(counted, x, y)
-    return x, y, right
+    return x, y, *classified(counted, x, y)
 
 
 def _measured(
-    counted: Counted, x: Tensor, y: Tensor, index: Tensor, named: Mapping[str, Statistic], twice: bool
+    counted: Counted, x: Tensor, y: Tensor, index: Tensor, named: Mapping[str, Statistic]
 ) -> dict[str, list[float | None]]:
+    twice = any(statistic.twice for statistic in named.values())
     with torch.inference_mode(False), torch.enable_grad():
         point = Point(counted, x, y, index=index, twice=twice)
         found = {name: statistic.at(point) for name, statistic in named.items()}
@@ -379,13 +377,14 @@ def _measured(
     return {name: [_or_none(value) for value in values.tolist()] for name, values in found.items()}
 
 
-def _withstood(counted: Counted, x: Tensor, y: Tensor, right: Tensor, index: Tensor, attack: Attack) -> Tensor:
+def _withstood(
+    counted: Counted, x: Tensor, y: Tensor, classes: Tensor, right: Tensor, index: Tensor, attack: Attack
+) -> Tensor:
     """Which samples the model gets right under the attack; those that it gets wrong without one it does not."""
     withstood = right.clone()
     if bool(right.any()):
         rows = right.nonzero().squeeze(1)
         x_adv = attack(counted, x[rows], y[rows], index=index[rows.to(index.device)])
-        classes = y if y.ndim == 1 else y.argmax(1)
         withstood[rows] = withstands(counted, x_adv, classes[rows])
     return withstood
 
