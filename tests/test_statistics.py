@@ -115,6 +115,16 @@ class TestQuadraticLoss:
         assert (path.diff(dim=1) >= -1e-12).all()
         assert (path <= torch.linalg.eigvalsh(matrix).abs().max() + 1e-9).all()
 
+    def test_the_first_product_is_with_the_gradient_and_where_there_is_none_with_chance(self) -> None:
+        matrix, slope = symmetric(5), torch.randn(5, dtype=torch.float64)
+        first = HessianNorm(iterations=1, start="gradient")
+        found = first(quadratic(matrix, slope), torch.zeros(1, 5).double(), ZERO)
+        torch.testing.assert_close(found, (matrix @ slope).norm()[None] / slope.norm())
+        at_the_bottom = LossIs(lambda z: 9 + 0.5 * ((z @ matrix) * z).sum(1))
+        both = first(at_the_bottom, torch.stack([torch.zeros(5).double(), slope]), ZERO.expand(2))
+        assert 0 < both[0] <= torch.linalg.eigvalsh(matrix).abs().max()
+        torch.testing.assert_close(both[1], (matrix @ matrix @ slope).norm() / (matrix @ slope).norm())
+
     def test_curvature(self) -> None:
         matrix, slope = symmetric(5), torch.randn(5, dtype=torch.float64)
         x = 0.1 * torch.randn(3, 5, dtype=torch.float64)
