@@ -66,9 +66,10 @@ def penalized(
     weight: float | Schedule = 1.2,
     fraction: float = 1.0,
     noise: Linf | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Total:
     """GradNorm by the object."""
-    terms = {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=weight)}
+    terms = {"grad_norm": Term(GradNormPenalty(Linf(EPS), bounds=bounds), weight=weight)}
     objective = PenalizedLoss(
         CRITERION, terms, loss_weight=0.8, differentiation=differentiation, fraction=fraction, noise=noise
     )
@@ -136,7 +137,7 @@ class Method:
 
 exact = functools.partial(Method, double=True)
 differences = functools.partial(FiniteDifference, 0.25)
-noisy = functools.partial(penalized, FiniteDifference(1.0, one_pass=True), noise=Linf(EPS))
+noisy = functools.partial(penalized, FiniteDifference(1.0, one_pass=True), noise=Linf(EPS), bounds=(0.0, 1.0))
 
 METHODS: dict[str, Method] = {
     "natural": Method(natural, 3, compiled=True),
@@ -152,6 +153,7 @@ METHODS: dict[str, Method] = {
     "differences, central, one pass": Method(penalized(differences(scheme="central", one_pass=True)), 9),
     "differences, one pass, half": Method(penalized(differences(one_pass=True), fraction=0.5), 3 + 3 / 2),
     "differences, one pass, quarter": Method(penalized(differences(one_pass=True), fraction=0.25), 3 + 3 / 4),
+    "noisy differences, one pass": Method(noisy(), 6, compiled=True),
     "noisy differences, one pass, half": Method(noisy(fraction=0.5), 3 + 3 / 2, compiled=True),
     "noisy differences, one pass, quarter": Method(noisy(fraction=0.25), 3 + 3 / 4, compiled=True),
     "edge alignment": exact(edge_alignment(), 6),
