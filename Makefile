@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint mutations zoo attack-cost kinks step-cost memory attention
+.PHONY: quickstart test lint docs docs-links mutations zoo attack-cost kinks step-cost memory attention
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart.py
@@ -15,6 +15,13 @@ lint: $(VENV)/lint.installed
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# The site, in results/docs: every code block is run, and a warning is an error.
+docs: $(VENV)/docs.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs results/docs
+
+docs-links: $(VENV)/docs.installed  # needs the network
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --builder linkcheck docs results/links
 
 mutations: $(VENV)/test.installed
 	$(BIN)/python tests/mutations.py

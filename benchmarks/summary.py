@@ -103,7 +103,7 @@ def main() -> None:
         "# Benchmarks: the tables\n\n"
         "Made by `python benchmarks/summary.py` from the reports in this folder: ratios to a\n"
         "natural step, medians over all rounds, with the smallest and largest of the medians of the repeats.\n"
-        "[How to read them](../../benchmarks/README.md)."
+        "[How to read them](index.md)."
     )
     parts = [step_cost(), peaks(), *([attention()] if (FOLDER / "attention").exists() else [])]
     (FOLDER / "tables.md").write_text("\n\n".join([intro, *parts]) + "\n")

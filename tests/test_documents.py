@@ -5,19 +5,39 @@ from pathlib import Path
 
 import pytest
 
+import gradreg
+from gradreg import plots, statistics
+
+import executed
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if executed.has_blocks(page)], ids=lambda page: page.name)
 def test_code_blocks_run(page: Path) -> None:
-    """The blocks of one page share their names, as a reader's session would."""
-    names: dict[str, object] = {"__name__": "__document__"}
-    for match in BLOCK.finditer(page.read_text()):
-        line = page.read_text()[: match.start()].count("\n") + 1
-        exec(compile("\n" * line + match.group(1), str(page), "exec"), names)
+    executed.run(page)
+
+
+def test_every_public_name_is_on_one_page_of_the_api() -> None:
+    found: list[str] = []
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        module = ""
+        for kind, name in re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)", page.read_text(), re.MULTILINE):
+            if kind == "currentmodule":
+                module = name
+            else:
+                found.append(f"{module}.{name}")
+    public = {f"gradreg.{name}" for name in gradreg.__all__}
+    public |= {f"gradreg.statistics.{name}" for name in statistics.__all__}
+    public |= {
+        f"gradreg.plots.{name}"
+        for name, value in vars(plots).items()
+        if getattr(value, "__module__", None) == plots.__name__ and not name.startswith("_")
+    }
+    assert len(found) == len(set(found))
+    assert public <= set(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

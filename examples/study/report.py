@@ -170,7 +170,7 @@ def table(setting: Setting, points: Points, costs: dict[str, float]) -> str:
     """One setting as a Markdown table."""
     net, eps, steps = setting
     lines = [
-        f"\n### {net}, eps {eps}, {steps} steps\n",
+        f"\n## {net}, eps {eps}, {steps} steps\n",
         "| trained with | seeds | clean % | robust % (95 %) | above PGD-3's curve (95 %) | AutoAttack, 200 | cost |",
         "|---|--:|--:|:-:|:-:|:-:|--:|",
     ]

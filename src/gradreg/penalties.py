@@ -143,8 +143,8 @@ def edge_alignment(
         grad: Gradient of a score with respect to the input.
         x: The images that the score was computed from.
         sigma: Width of the edge filter in pixels.
-        energy: The edge map, :func:`gradreg.edges.oriented_energy` (the thesis's text) or
-            :func:`gradreg.edges.contour_energy` (its released code), or any function ``energy(x, sigma=sigma)`` whose
+        energy: The edge map, :func:`gradreg.oriented_energy` (the thesis's text) or
+            :func:`gradreg.contour_energy` (its released code), or any function ``energy(x, sigma=sigma)`` whose
             result broadcasts against grad.
         level: ``"sample"``: one cosine per image. ``"batch"``: one cosine over all images of the batch, as in the
             released code, split into one share per sample so that the *mean* of the result is 1 minus that cosine.
