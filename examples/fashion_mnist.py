@@ -28,7 +28,7 @@ from study.runs import Run, perform
 def wanted(args: argparse.Namespace) -> list[Run]:
     """The runs that are asked for: all of one seed before the next, the short ones first."""
     axes = itertools.product(args.seeds, sorted(args.steps), args.nets, args.eps, args.methods)
-    return [Run(net, eps, steps, method, seed, args.split) for seed, steps, net, eps, method in axes]
+    return [Run(net, eps, steps, method, seed, args.split, args.data) for seed, steps, net, eps, method in axes]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to evaluate on")
     parser.add_argument("--autoattack", nargs="*", choices=list(ALL), default=[], metavar="METHOD",
                         help="standard AutoAttack, too, for these methods (a minute or more each)")  # fmt: skip
-    parser.add_argument("--data", type=Path, help="folder with the four files of Fashion-MNIST")
+    parser.add_argument("--data", choices=["fashion-mnist", "digits"], default="fashion-mnist", help="images")
+    parser.add_argument("--folder", type=Path, help="with the four files of Fashion-MNIST")
     parser.add_argument("--output", type=Path, default=Path("results/fashion_mnist"), help="folder to write into")
     parser.add_argument("--shard", default="0/1", help="K/N: this process does every N-th run, from the K-th on")
     parser.add_argument("--threads", type=int, default=1)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     index, count = map(int, args.shard.split("/"))
     done = report.gathered(args.output)
     missing = [run for run in wanted(args)[index::count] if run not in done]
-    data = load(args.split, args.data)
+    data = load(args.split, args.folder, args.data)
     with tqdm(total=sum(run.steps for run in missing), unit="step", smoothing=0.02) as bar:
         for run in missing:
             bar.set_description(f"{run.net} {run.eps} {run.method}")

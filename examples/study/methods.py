@@ -1,8 +1,10 @@
 """The ways to train that are compared. Each is a function of the threat model and of the length of the warm-up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from gradreg import (
@@ -22,8 +24,20 @@ from gradreg import (
     sampled_class,
 )
 
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 NATURAL = PenalizedLoss(CROSS_ENTROPY, {})
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """What adapts to the size of the gradients."""
+    return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """What does not."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
 @dataclass(frozen=True)
@@ -36,12 +50,18 @@ class Method:
         attack: Makes the attack whose images are trained on, for a threat model that rises likewise.
         activation: Of the network.
         family: Methods of a family differ in one number, and lie on one curve.
+        start: The method whose network, trained as long, is trained on; None for a fresh one.
+        optimizer: Made for the parameters.
+        warm_up: Where its learning rate begins, of the largest one, to which it rises in the first tenth of the steps.
     """
 
     objective: Callable[[Linf, float], PenalizedLoss] = lambda threat, warm_up: NATURAL
     attack: Callable[[Linf], Attack] | None = None
     activation: str = "gelu"
     family: str = ""
+    start: str | None = None
+    optimizer: Optimizer = adamw
+    warm_up: float = 0.0
 
 
 def grad_norm(
@@ -106,14 +126,14 @@ def noisy(weight: float, fraction: float = 1.0, bounds: tuple[float, float] | No
     )
 
 
-def pgd_3(factor: float) -> Method:
+def pgd_3(factor: float, **rest: Any) -> Method:
     """The thesis's adversarial training, for a radius that many times as large."""
 
     def attack(threat: Linf) -> Attack:
         wider = threat.scaled(factor)
         return PGDAttack(wider, steps=3, step_size=2 / 3 * wider.eps, random_start=False, best=False)
 
-    return Method(attack=attack, family="PGD-3")
+    return Method(attack=attack, **{"family": "PGD-3", **rest})
 
 
 def n_fgsm(factor: float, noise: float) -> Method:
@@ -170,4 +190,18 @@ ABLATIONS: dict[str, Method] = {
     "PGD-3, 1.4 eps": pgd_3(1.4),
 }
 
-ALL = METHODS | ABLATIONS
+# What the thesis says of activations, of where training starts, and of what makes it crash (section 4.3).
+CONDITIONS: dict[str, Method] = {
+    "GradNorm, SiLU": Method(grad_norm(), activation="silu"),
+    "GradNorm, ReLU": Method(grad_norm(), activation="relu"),
+    "GradNorm, ReLU, weight 2.4": Method(grad_norm(2.4), activation="relu"),
+    "PGD-3, ReLU": pgd_3(1.0, activation="relu", family=""),
+    "natural, then GradNorm": Method(grad_norm(), start="natural"),
+    "natural, then PGD-3": pgd_3(1.0, start="natural", family=""),
+    "natural, SGD": Method(optimizer=sgd),
+    "GradNorm, SGD": Method(grad_norm(), optimizer=sgd),
+    "natural, warm-up from the full rate": Method(warm_up=1.0),
+    "GradNorm, warm-up from the full rate": Method(grad_norm(), warm_up=1.0),
+}
+
+ALL = METHODS | ABLATIONS | CONDITIONS

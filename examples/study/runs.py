@@ -5,7 +5,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from study.data import Data, batches
 from study.methods import ALL, Method
 from study.models import build
 
-LEARNING_RATE = 2e-3
 IMAGES = 1000  # attacked by APGD-CE and APGD-T
 AUTOATTACK_IMAGES = 200
 
@@ -37,6 +36,7 @@ class Run:
     method: str
     seed: int
     split: str = "test"
+    data: str = "fashion-mnist"
 
     @property
     def threat(self) -> Linf:
@@ -47,15 +47,20 @@ class Run:
     def name(self) -> str:
         """A name for files."""
         parts = (self.net, self.eps.replace("/", "in"), self.steps, self.method, self.seed, self.split)
-        return "_".join(str(part) for part in parts).replace(", ", "-").replace(" ", "-")
+        of_data = () if self.data == "fashion-mnist" else (self.data,)
+        return "_".join(str(part) for part in (*of_data, *parts)).replace(", ", "-").replace(" ", "-")
 
 
 def train(run: Run, data: Data, progress: tqdm | None = None) -> nn.Module:
-    """Train a fresh network; all methods start from the same weights and see the same batches."""
+    """Train a network; all methods see the same batches, and start from the same weights or what one made of them."""
     method = ALL[run.method]
     model = build(run.net, method.activation, run.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step / run.steps))
+    if method.start is not None:
+        model.load_state_dict(train(replace(run, method=method.start), data).state_dict())
+    optimizer = method.optimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _learning_rate(step / run.steps, start=method.warm_up)
+    )
     step_of = stepper(method, run.threat, warm_up=0.2 * run.steps)
     torch.manual_seed(run.seed)  # of noise and of the samples drawn
     for t, (x, y) in enumerate(batches(data, run.steps, run.seed)):
@@ -80,9 +85,11 @@ def stepper(method: Method, threat: Linf, warm_up: float) -> Any:
     return step
 
 
-def _learning_rate(progress: float) -> float:
+def _learning_rate(progress: float, start: float) -> float:
     """Up in the first tenth of the training, then down along half a cosine wave; of the largest rate."""
-    return progress / 0.1 if progress < 0.1 else 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+    if progress < 0.1:
+        return start + (1 - start) * progress / 0.1
+    return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
 def perform(run: Run, data: Data, folder: Path, *, autoattack: bool, bar: tqdm | None = None) -> dict[str, Any]:
