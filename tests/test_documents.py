@@ -1,6 +1,7 @@
 """The documents run: every Python block of README and docs, in the order of its page, from the text itself."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,12 @@ def test_the_commands_of_the_readme_are_those_of_ci() -> None:
     for command in ("make quickstart", "make test"):
         assert f"\n{command}" in readme
         assert f"\n{command}\n" in ci
+
+
+def test_the_workflow_tries_the_versions_that_the_package_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    versions = {line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)}
+    assert versions == set(re.findall(r'"(3\.\d+)"', workflow))
+    (torch,) = re.findall(r"torch>=([\d.]+)", " ".join(project["dependencies"]))
+    assert f'"torch=={torch}.*"' in workflow

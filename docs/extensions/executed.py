@@ -1,8 +1,12 @@
-"""The Python blocks of a Markdown page, run in the order of the page; as a Sphinx extension, when the page is built."""
+"""The Python blocks of a Markdown page, run in the order of the page; as a Sphinx extension, when the page is built.
+
+python docs/extensions/executed.py README.md docs/concepts.md
+"""
 
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +36,8 @@ def setup(app: Any) -> dict[str, bool]:
 
     app.connect("source-read", read)
     return {"parallel_read_safe": True}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        run(Path(argument))
