@@ -18,7 +18,7 @@ lint: $(VENV)/lint.installed
 
 # The site, in results/docs: every code block is run, and a warning is an error.
 docs: $(VENV)/docs.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs results/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs results/docs
 
 docs-links: $(VENV)/docs.installed  # needs the network
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --builder linkcheck docs results/links

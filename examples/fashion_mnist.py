@@ -1,12 +1,13 @@
 """What withstands small perturbations for how much: many ways to train the same networks on Fashion-MNIST.
 
-    python examples/fashion_mnist.py                                   # one network, one seed, short: some minutes
+    python examples/fashion_mnist.py --afresh                          # one network, one seed, short: some minutes
     python examples/fashion_mnist.py --nets convnet vit --eps 8/255 0.1 --steps 500 2000 --seeds 0 1 2 3 4
-    python examples/fashion_mnist.py --report                          # tables and figure from what there is
+    python examples/fashion_mnist.py --report                          # tables, claims and figures from what there is
 
 Every run, one network trained in one way and attacked, is a file in the output folder. Runs that have one are not
 repeated, so that a study can be interrupted, started again, and done by several processes (`--shard 0/2`). `--report`
-gathers all runs in `docs/fashion-mnist/runs.json`, which counts as done, too, and draws from it.
+gathers all runs in `docs/fashion-mnist/runs.json`, and draws from it. What is on record there counts as done, too,
+unless it is to be done `--afresh`.
 """
 
 import argparse
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/fashion_mnist"), help="folder to write into")
     parser.add_argument("--shard", default="0/1", help="K/N: this process does every N-th run, from the K-th on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--afresh", action="store_true", help="do again what is on record in docs/fashion-mnist")
     parser.add_argument("--report", action="store_true", help="gather, tabulate and draw; train nothing")
     args = parser.parse_args(argv)
     if args.report:
@@ -54,8 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(args.threads)
     index, count = map(int, args.shard.split("/"))
-    done = report.gathered(args.output)
-    missing = [run for run in wanted(args)[index::count] if run not in done]
+    done = report.gathered(args.output, record=not args.afresh)
+    missing = [
+        run
+        for run in wanted(args)[index::count]
+        if run not in done or (run.method in args.autoattack and "autoattack" not in done[run])
+    ]
+    if not missing:
+        print("Nothing to do: all of these runs are done or on record. --afresh repeats what is on record, --report "
+              "tabulates.", file=sys.stderr)  # fmt: skip
+        return
     data = load(args.split, args.folder, args.data)
     with tqdm(total=sum(run.steps for run in missing), unit="step", smoothing=0.02) as bar:
         for run in missing:

@@ -87,6 +87,7 @@ MUTATIONS = [
     Mutation("differentiation.py", "size = moves.to(size.dtype)", "pass"),
     Mutation("objective.py", "x = clamped_(x, bounds_like(self._bounds, x))", "pass"),
     Mutation("objective.py", "if any(not all(map(torch.equal, other, sides[0])) for other in sides):", "if False:"),
+    Mutation("objective.py", "[*balls, (self.noise, self._bounds)]", "balls"),
     Mutation("objective.py", "checks.check_radius(threat.eps, high - low)", "checks.check_radius(threat.eps, 1.0)"),
     Mutation(
         "objective.py", "checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())", "pass"

@@ -1,6 +1,9 @@
 """The documents run: every Python block of README and docs, in the order of its page, from the text itself."""
 
+import argparse
 import re
+import runpy
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -12,7 +15,10 @@ from gradreg import plots, statistics
 import executed
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INCLUDED = ("CONTRIBUTING.md", "benchmarks/README.md", "examples/recipes/README.md")  # in pages of the site
+PAGES = [ROOT / "README.md", *(ROOT / name for name in INCLUDED), *sorted((ROOT / "docs").rglob("*.md"))]
+ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+SCRIPT = re.compile(r"((?:examples|benchmarks)/\w+\.py)((?: [^`|#\n]*)?)")
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -41,11 +47,48 @@ def test_every_public_name_is_on_one_page_of_the_api() -> None:
     assert public <= set(found)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@ids
 def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    broken = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        if not path.exists() or (anchor and anchor not in _anchors(path)):
+            broken.append(f"{target}#{anchor}")
     assert broken == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    text = page.read_text()
+    for included in re.findall(r"^```{include} (\S+)", text, re.MULTILINE):
+        text += (page.parent / included).read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+class ParsedError(Exception):
+    """The options of a command were understood."""
+
+
+@ids
+def test_commands_in_documents_have_the_options_of_their_scripts(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, args: list[str] | None = None) -> None:
+        parse(parser, args)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for script, options in SCRIPT.findall(page.read_text().replace("\\\n", " ")):
+        if "with_X" in script:
+            continue
+        assert (ROOT / script).exists(), script
+        if options.strip():
+            monkeypatch.setattr("sys.argv", [script, *shlex.split(options)])
+            with pytest.raises(ParsedError):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def test_the_commands_of_the_readme_are_those_of_ci() -> None:

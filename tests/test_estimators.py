@@ -280,6 +280,13 @@ class TestNoise:
         with pytest.raises(ValueError, match=r"exceeds the whole pixel range of 0\.5"):
             _objective(narrow)(model, x, y)
 
+    @pytest.mark.parametrize(("bounds", "span"), [(None, "1:"), ((0.0, 1.0), "1:"), ((0.0, 0.5), r"0\.5:")])
+    def test_noise_in_another_unit_is_refused(self, bounds: tuple[float, float] | None, span: str) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        terms = {"p": Term(GradNormPenalty(Linf(0.1), bounds=bounds))}
+        with pytest.raises(ValueError, match=f"eps=8 exceeds the whole pixel range of {span}"):
+            _objective(terms, noise=Linf(8.0))(model, x / 2, y)
+
     def test_penalties_of_other_bounds_are_refused(self) -> None:
         terms = {name: Term(GradNormPenalty(Linf(0.1), bounds=(0.0, high))) for name, high in (("p", 1.0), ("q", 2.0))}
         with pytest.raises(ValueError, match="can be clamped to one range"):

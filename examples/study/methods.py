@@ -126,12 +126,12 @@ def noisy(weight: float, fraction: float = 1.0, bounds: tuple[float, float] | No
     )
 
 
-def pgd_3(factor: float, **rest: Any) -> Method:
-    """The thesis's adversarial training, for a radius that many times as large."""
+def pgd_3(factor: float, *, random_start: bool = False, **rest: Any) -> Method:
+    """Three steps from the image itself, for a radius that many times as large. The thesis starts at random."""
 
     def attack(threat: Linf) -> Attack:
         wider = threat.scaled(factor)
-        return PGDAttack(wider, steps=3, step_size=2 / 3 * wider.eps, random_start=False, best=False)
+        return PGDAttack(wider, steps=3, step_size=2 / 3 * wider.eps, random_start=random_start, best=False)
 
     return Method(attack=attack, **{"family": "PGD-3", **rest})
 
@@ -149,7 +149,7 @@ METHODS: dict[str, Method] = {
     "GradNorm": Method(grad_norm(), family="GradNorm"),
     "GradNorm, every 4th step": Method(grad_norm(k=4), family="GradNorm, every 4th step"),
     "GradNorm, differences, every 4th step": Method(
-        grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True)), family="GradNorm, every 4th step"
+        grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True))
     ),
     "noisy differences, 0.4": noisy(0.4),
     "noisy differences, 0.6": noisy(0.6),
@@ -188,6 +188,7 @@ ABLATIONS: dict[str, Method] = {
     "N-FGSM, noise 2 eps": n_fgsm(1.0, 2.0),
     "PGD-3, 1.2 eps": pgd_3(1.2),
     "PGD-3, 1.4 eps": pgd_3(1.4),
+    "PGD-3, random start": pgd_3(1.0, random_start=True, family=""),
 }
 
 # What the thesis says of activations, of where training starts, and of what makes it crash (section 4.3).

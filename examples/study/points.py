@@ -52,7 +52,7 @@ class Points:
     """What the methods reached in one setting: an array over seeds for each, and draws for intervals.
 
     The intervals are those of a bootstrap that draws anew, together, the seeds and the images, the same ones for every
-    method: they hold what another five trainings and another thousand images would change.
+    method: they hold what as many other trainings and images would change.
     """
 
     def __init__(self, results: Results, setting: Setting) -> None:

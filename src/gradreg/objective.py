@@ -304,9 +304,9 @@ class PenalizedLoss(nn.Module):
         lowest, highest = checks.finite_range(x)
         if isinstance(model, nn.Module) and any(isinstance(module, Normalize) for module in model.modules()):
             checks.check_not_normalized_twice(lowest, highest)
-        for name in active:
-            threat = getattr(self.terms[name].penalty, "threat", None)
-            bounds = getattr(self.terms[name].penalty, "bounds", None)
+        penalties = [self.terms[name].penalty for name in active]
+        balls = [(getattr(penalty, "threat", None), getattr(penalty, "bounds", None)) for penalty in penalties]
+        for threat, bounds in [*balls, (self.noise, self._bounds)]:
             if bounds is not None:
                 low, high = (torch.as_tensor(side) for side in bounds)
                 checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())
