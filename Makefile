@@ -39,18 +39,19 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 BENCHMARK := $(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python
 
 step-cost: $(VENV)/test.installed
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet18 --rounds 8 --warm-up 1
-	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet50 --rounds 4 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --rounds 60 --compile
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet18 --rounds 8 --warm-up 1 --compile
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet18 --dtype bfloat16 --rounds 4 --warm-up 1
+	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model resnet50 --rounds 3 --warm-up 1
 	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model vit_tiny --rounds 3 --warm-up 1
 	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --model swin_tiny --rounds 2 --warm-up 1
 
 memory: $(VENV)/test.installed
 	$(BENCHMARK) benchmarks/memory.py --threads 1
-	$(BENCHMARK) benchmarks/memory.py --threads 1 --model resnet18 --batch-size 64 --rounds 2
+	$(BENCHMARK) benchmarks/memory.py --threads 1 --model resnet18 --batch-size 64 --rounds 1
 
 attention: $(VENV)/test.installed
-	$(BENCHMARK) benchmarks/attention.py --threads 1 --rounds 2
+	$(BENCHMARK) benchmarks/attention.py --threads 1 --rounds 1
 
 # In an environment of its own: one of the libraries that it compares with pins old packages.
 attack-cost: $(VENV)-attack-cost/installed

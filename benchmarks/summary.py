@@ -48,6 +48,32 @@ def step_cost() -> str:
     return "\n\n".join(["## What a step costs", turns.table(header, rows), _origin(found)])
 
 
+def compiled() -> str:
+    """What was compiled, as a multiple of the eager natural step and of the compiled one."""
+    found = {name: report for name, report in reports("step_cost").items() if report["ratio_to_compiled_natural"]}
+    if not found:
+        return ""
+    names = next(iter(found.values()))["ratio_to_compiled_natural"]
+    header = ["step"]
+    for report in found.values():
+        title = f"{TITLES[report['model']]}, {_shape(report)}"
+        header += [f"{title}: natural = 1", "compiled natural = 1"]
+    rows = [
+        [
+            name,
+            *(
+                _ratio(report[which][name])
+                for report in found.values()
+                for which in ("ratio_to_natural", "ratio_to_compiled_natural")
+            ),
+        ]
+        for name in names
+    ]
+    errors = [error for report in found.values() for error in report["gradient_error_of_compiled"].values()]
+    note = f"Gradients of compiled steps differ from the eager ones by at most {max(errors):.0e}, relatively."
+    return "\n\n".join(["## What a compiled step costs", turns.table(header, rows), note])
+
+
 def peaks() -> str:
     """Peak memory of every method on every model."""
     found = reports("memory")
@@ -105,8 +131,8 @@ def main() -> None:
         "natural step, medians over all rounds, with the smallest and largest of the medians of the repeats.\n"
         "[How to read them](index.md)."
     )
-    parts = [step_cost(), peaks(), *([attention()] if (FOLDER / "attention").exists() else [])]
-    (FOLDER / "tables.md").write_text("\n\n".join([intro, *parts]) + "\n")
+    parts = [step_cost(), compiled(), peaks(), *([attention()] if (FOLDER / "attention").exists() else [])]
+    (FOLDER / "tables.md").write_text("\n\n".join([intro, *filter(None, parts)]) + "\n")
 
 
 if __name__ == "__main__":

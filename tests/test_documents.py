@@ -4,6 +4,7 @@ import argparse
 import re
 import runpy
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import gradreg
 from gradreg import plots, statistics
 
 import executed
+import summary
+from study import report
 
 ROOT = Path(__file__).parents[1]
 INCLUDED = ("CONTRIBUTING.md", "benchmarks/README.md", "examples/recipes/README.md")  # in pages of the site
@@ -105,3 +108,23 @@ def test_the_workflow_tries_the_versions_that_the_package_names() -> None:
     assert versions == set(re.findall(r'"(3\.\d+)"', workflow))
     (torch,) = re.findall(r"torch>=([\d.]+)", " ".join(project["dependencies"]))
     assert f'"torch=={torch}.*"' in workflow
+
+
+def test_the_tables_of_benchmarks_are_those_of_their_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    committed = summary.FOLDER
+    for path in committed.rglob("*.json"):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.parent.name)
+    monkeypatch.setattr(summary, "FOLDER", tmp_path)
+    summary.main()
+    assert (tmp_path / "tables.md").read_text() == (committed / "tables.md").read_text()
+
+
+def test_tables_and_claims_of_the_study_are_those_of_its_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    committed = ROOT / report.RECORD
+    for name in ("runs.json", "costs.json"):
+        shutil.copy(committed / name, tmp_path)
+    monkeypatch.setattr(report, "RECORD", tmp_path)
+    report.write(tmp_path)
+    for name in ("runs.json", "tables.md", "claims.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), name

@@ -1,5 +1,6 @@
 """What the methods reached: accuracies over seeds and images, and intervals of whatever number is made of them."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -94,17 +95,17 @@ class Points:
         common = set.intersection(*(set(self._seeds.get(name, ())) for name in names))
         if not common:
             return None
-        of_common = {name: [self._seeds[name].index(seed) for seed in sorted(common)] for name in names}
-
-        def at(seeds: np.ndarray, images: np.ndarray) -> float:
-            def mean(name: str) -> tuple[float, float]:
-                rows = np.array(of_common[name])[seeds]
-                return self.clean[name][rows].mean(), self.verdicts[name][np.ix_(rows, images)].mean()
-
-            return float(function(mean))
-
-        count, images = len(common), self.verdicts[min(names)].shape[1]
-        return at(np.arange(count), np.arange(images)), _central(at(*draw) for draw in _draws(count, images))
+        seeds, images = _draws(len(common), self.verdicts[min(names)].shape[1], DRAWS)
+        drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name in names:
+            rows = [self._seeds[name].index(seed) for seed in sorted(common)]
+            drawn[name] = seeds @ self.clean[name][rows], ((seeds @ self.verdicts[name][rows]) * images).sum(1)
+        value, *others = (
+            float(function(lambda name, draw=draw: (drawn[name][0][draw], drawn[name][1][draw])))
+            for draw in range(len(seeds))
+        )
+        low, high = np.quantile(others, [0.025, 0.975])
+        return value, (float(low), float(high))
 
     def above_curve(self, method: str) -> tuple[float, tuple[float, float]] | None:
         """Robust accuracy above that of the curve at the same clean accuracy, and its 95 % interval.
@@ -129,13 +130,13 @@ class Points:
         return found[1]
 
 
-def _draws(seeds: int, images: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Seeds and images, drawn anew with replacement, the same ones for every method."""
+@functools.cache
+def _draws(seeds: int, images: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of seeds and of images: first all alike, then as often as each is drawn anew, with replacement."""
     generator = np.random.default_rng(0)
-    for _ in range(DRAWS):
-        yield generator.integers(seeds, size=seeds), generator.integers(images, size=images)
 
+    def weights(count: int) -> np.ndarray:
+        drawn = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(draws)]
+        return np.stack([np.ones(count), *drawn]) / count
 
-def _central(values: Iterable[float]) -> tuple[float, float]:
-    low, high = np.quantile(np.fromiter(values, dtype=float), [0.025, 0.975])
-    return float(low), float(high)
+    return weights(seeds), weights(images)
