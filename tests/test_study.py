@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,7 @@ def test_runs_resume_and_the_report_tabulates_them(small: ModuleType, folder: Pa
     assert all(row["robust_of"] == 20 and row["clean_of"] == 60 for row in record)
     tables = (tmp_path / "record" / "tables.md").read_text()
     assert all(f"| {method} | 1 |" in tables for method in methods)
+    assert re.search(r"\n\| natural \| [+-]\d+\.\d \(1\) \|\n", tables)  # above the curve
     for name in ("clean_and_robust.png", "cost_and_robust.png"):
         assert (tmp_path / "record" / name).read_bytes().startswith(b"\x89PNG")
     for path in (tmp_path / "runs").iterdir():
