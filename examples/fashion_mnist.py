@@ -13,11 +13,14 @@ unless it is to be done `--afresh`.
 import argparse
 import itertools
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from gradreg import GradregWarning
 
 from study import report
 from study.data import load
@@ -55,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.write(args.output)
         return
     torch.set_num_threads(args.threads)
+    # GradNorm on ReLU is a row to show what this very warning says.
+    warnings.filterwarnings("ignore", message=".*piecewise linear", category=GradregWarning)
     index, count = map(int, args.shard.split("/"))
     done = report.gathered(args.output, record=not args.afresh)
     missing = [

@@ -134,6 +134,7 @@ def test_no_image_is_both_trained_on_and_evaluated_on(folder: Path) -> None:
     assert not any(image.numpy().tobytes() in trained for image in (*validation.x, *test.x))
 
 
+@pytest.mark.filterwarnings("ignore:.*piecewise linear")  # what the rows with ReLU are there to show
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_trains_every_net(method: str, net: str) -> None:
