@@ -34,7 +34,7 @@ def step_cost() -> str:
     """All methods on all models: CPU time as a multiple of a natural step."""
     found = reports("step_cost")
     first = next(iter(found.values()))
-    columns = [f"{TITLES.get(r['model'], r['model'])}, {_shape(r)}" for r in found.values()]
+    columns = [_title(report) for report in found.values()]
     rows = []
     for name, floor in first["floor"].items():
         counted = first["counted"][name]
@@ -56,8 +56,7 @@ def compiled() -> str:
     names = next(iter(found.values()))["ratio_to_compiled_natural"]
     header = ["step"]
     for report in found.values():
-        title = f"{TITLES[report['model']]}, {_shape(report)}"
-        header += [f"{title}: natural = 1", "compiled natural = 1"]
+        header += [f"{_title(report)}: natural = 1", "compiled natural = 1"]
     rows = [
         [
             name,
@@ -79,7 +78,7 @@ def peaks() -> str:
     found = reports("memory")
     parts = []
     for report in found.values():
-        parts += [f"### {TITLES[report['model']]}, {_shape(report)}", memory.table_of(report["steps"])]
+        parts += [f"### {_title(report)}", memory.table_of(report["steps"])]
     return "\n\n".join(["## What a step needs in memory", *parts, _origin(found)])
 
 
@@ -93,10 +92,11 @@ def attention() -> str:
     return "\n\n".join(["## What fused attention saves", *parts, _origin(found)])
 
 
-def _shape(report: dict) -> str:
+def _title(report: dict) -> str:
+    """The model, and what it is given."""
     count, *image = report["input"]
     dtype = "" if report["dtype"] == "float32" else f", {report['dtype']}"
-    return f"{count} of {image[-2]}x{image[-1]}{dtype}"
+    return f"{TITLES.get(report['model'], report['model'])}, {count} of {image[-2]}x{image[-1]}{dtype}"
 
 
 def _first(of_clocks: dict[str, float]) -> float:

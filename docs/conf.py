@@ -21,7 +21,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -40,4 +39,3 @@ html_theme = "furo"
 html_title = "gradreg"
 html_static_path = ["_static"]
 html_css_files = ["gradreg.css"]
-exclude_patterns = ["_build"]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gradreg import GradregWarning
 
 from study import report
-from study.data import load
+from study.data import DIGITS, FASHION_MNIST, load
 from study.methods import ALL, METHODS
 from study.models import NETS
 from study.runs import Run, perform
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="images to evaluate on")
     parser.add_argument("--autoattack", nargs="*", choices=list(ALL), default=[], metavar="METHOD",
                         help="standard AutoAttack, too, for these methods (a minute or more each)")  # fmt: skip
-    parser.add_argument("--data", choices=["fashion-mnist", "digits"], default="fashion-mnist", help="images")
+    parser.add_argument("--data", choices=[FASHION_MNIST, DIGITS], default=FASHION_MNIST, help="images")
     parser.add_argument("--folder", type=Path, help="with the four files of Fashion-MNIST")
     parser.add_argument("--output", type=Path, default=Path("results/fashion_mnist"), help="folder to write into")
     parser.add_argument("--shard", default="0/1", help="K/N: this process does every N-th run, from the K-th on")

@@ -20,7 +20,7 @@ from study import report
 ROOT = Path(__file__).parents[1]
 INCLUDED = ("CONTRIBUTING.md", "benchmarks/README.md", "examples/recipes/README.md")  # in pages of the site
 PAGES = [ROOT / "README.md", *(ROOT / name for name in INCLUDED), *sorted((ROOT / "docs").rglob("*.md"))]
-ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 SCRIPT = re.compile(r"((?:examples|benchmarks)/\w+\.py)((?: [^`|#\n]*)?)")
 
 
@@ -50,7 +50,7 @@ def test_every_public_name_is_on_one_page_of_the_api() -> None:
     assert public <= set(found)
 
 
-@ids
+@every_page
 def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     broken = []
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
@@ -75,7 +75,7 @@ class ParsedError(Exception):
     """The options of a command were understood."""
 
 
-@ids
+@every_page
 def test_commands_in_documents_have_the_options_of_their_scripts(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args
 

@@ -206,15 +206,12 @@ class TestClaims:
     def _page(self, *rows: dict[str, object]) -> str:
         return claims.page({Setting("fashion-mnist", "convnet", "0.1", 10): _points(list(rows))}, {})
 
-    @pytest.mark.parametrize(
-        ("robust", "cell"), [(80, "holds: 100 (100 to 100)"), (40, "fails: 50 (50 to 50)"), (0, "fails: 0 (0 to 0)")]
-    )
+    @pytest.mark.parametrize(("robust", "cell"), [(80, "holds: 100 |"), (40, "fails: 50 ("), (0, "fails: 0 |")])
     def test_a_share_of_adversarial_training(self, robust: int, cell: str) -> None:
-        # The same images withstand both, so that every draw of a share of them has the same ratio, but for 40 of 80
+        # The same images withstand both, or none withstands one: every draw of images then has the same share.
         text = self._page(_result("PGD-3", 0, 80, 80), _result("GradNorm", 0, 80, robust))
         (line,) = [line for line in text.splitlines() if line.startswith("| GradNorm has 90 %")]
-        found, expected = line.split("|")[3].strip(), cell
-        assert found.split(" ")[:2] == expected.split(" ")[:2]
+        assert line.split("|", 3)[3].strip().startswith(cell)
 
     def test_an_interval_on_both_sides_is_open(self) -> None:
         rows = [_result("PGD-3", s, 80, 80) for s in (0, 1)] + [

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from study.data import FASHION_MNIST
 from study.points import Mean, Points, Setting
 
 INTRODUCTION = """# Fashion-MNIST: the claims
@@ -30,16 +31,16 @@ class Claim:
         published: The number where it was published, and its source.
         methods: That the number is made of.
         number: Makes it of their clean and robust accuracies.
+        form: How it is written.
         threshold: From which on the claim holds; None where no more than the number was asked for.
-        unit: Of the number.
     """
 
     statement: str
     published: str
     methods: tuple[str, ...]
     number: Callable[[Mean], float]
+    form: str
     threshold: float | None = None
-    unit: str = "%"
 
     def cell(self, points: Points) -> str:
         """The number in one setting, its 95 % interval and, if there is a threshold, the verdict."""
@@ -47,90 +48,107 @@ class Claim:
         if found is None:
             return ""
         value, (low, high) = found
-        digits = (lambda number: f"{number:.0f}") if self.unit == "%" else (lambda number: f"{number:+.1f}")
-        text = digits(value) if low == high else f"{digits(value)} ({digits(low)} to {digits(high)})"
+        text = self.form.format(value)
+        if low < high:
+            text += f" ({self.form.format(low)} to {self.form.format(high)})"
         if self.threshold is None:
             return text
         verdict = "holds" if low >= self.threshold else "fails" if high < self.threshold else "open"
         return f"{verdict}: {text}"
 
 
-def share(method: str, of: str) -> dict[str, object]:
+def share(statement: str, published: str, method: str, *, of: str, threshold: float) -> Claim:
     """A method's robust accuracy in percent of another one's."""
-    return {"methods": (method, of), "number": lambda mean: 100 * mean(method)[1] / mean(of)[1]}
+    return Claim(
+        statement, published, (method, of), lambda mean: 100 * mean(method)[1] / mean(of)[1], "{:.0f}", threshold
+    )
 
 
-def gain(method: str, over: str, *, clean: bool = False) -> dict[str, object]:
+def gain(
+    statement: str, published: str, method: str, *, over: str, clean: bool = False, threshold: float | None = None
+) -> Claim:
     """How many points of robust or clean accuracy a method is above another one."""
     which = 0 if clean else 1
-    return {
-        "methods": (method, over),
-        "number": lambda mean: mean(method)[which] - mean(over)[which],
-        "unit": "points",
-    }
+    return Claim(
+        statement, published, (method, over), lambda mean: mean(method)[which] - mean(over)[which], "{:+.1f}", threshold
+    )
 
 
 CLAIMS = (
-    Claim(
+    share(
         "GradNorm has 90 % of adversarial training's robust accuracy: its share",
         "92 % (Swin-B, Table 4.2), 92 % (ResNet-50, Table 4.4)",
-        **share("GradNorm", "PGD-3"),
+        "GradNorm",
+        of="PGD-3",
         threshold=90,
     ),
-    Claim(
+    gain(
         "and its clean accuracy: points of GradNorm over PGD-3",
         "+0.6 (Swin-B, Table 4.2), +1.0 (ResNet-50, Table 4.4)",
-        **gain("GradNorm", "PGD-3", clean=True),
+        "GradNorm",
+        over="PGD-3",
+        clean=True,
     ),
-    Claim("the same with SiLU", "92 % (ResNet-50, Table 4.4)", **share("GradNorm, SiLU", "PGD-3"), threshold=90),
-    Claim(
+    share("the same with SiLU", "92 % (ResNet-50, Table 4.4)", "GradNorm, SiLU", of="PGD-3", threshold=90),
+    share(
         "the same, both from a network that was trained before",
         "so the thesis starts; no other number",
-        **share("natural, then GradNorm", "natural, then PGD-3"),
+        "natural, then GradNorm",
+        of="natural, then PGD-3",
         threshold=90,
     ),
-    Claim(
+    share(
         "noisy differences, weight 0.4: share",
         "not in the thesis",
-        **share("noisy differences, 0.4", "PGD-3"),
+        "noisy differences, 0.4",
+        of="PGD-3",
         threshold=90,
     ),
-    Claim("edge alignment has 60 %: its share", "62 % (Swin-B, Table 5.1)", **share("edges", "PGD-3"), threshold=60),
-    Claim(
+    share("edge alignment has 60 %: its share", "62 % (Swin-B, Table 5.1)", "edges", of="PGD-3", threshold=60),
+    gain(
         "GradNorm needs smooth activations: points of GELU over ReLU",
         "+23.2 (ResNet-50, Table 4.4)",
-        **gain("GradNorm", "GradNorm, ReLU"),
+        "GradNorm",
+        over="GradNorm, ReLU",
         threshold=0,
     ),
-    Claim(
+    gain(
         "with ReLU, twice the weight does not help: points over once",
         "no number",
-        **gain("GradNorm, ReLU, weight 2.4", "GradNorm, ReLU"),
+        "GradNorm, ReLU, weight 2.4",
+        over="GradNorm, ReLU",
     ),
-    Claim(
+    gain(
         "adversarial training does not need them: points of GELU over ReLU",
         "+1.0 (ResNet-50, Table 4.4)",
-        **gain("PGD-3", "PGD-3, ReLU"),
+        "PGD-3",
+        over="PGD-3, ReLU",
     ),
-    Claim(
+    gain(
         "an optimiser that does not adapt makes the penalty crash: points of SGD over AdamW under GradNorm",
         "crashes; no number (section 4.3)",
-        **gain("GradNorm, SGD", "GradNorm"),
+        "GradNorm, SGD",
+        over="GradNorm",
     ),
-    Claim(
+    gain(
         "without a penalty it does not: points of clean accuracy of SGD over AdamW",
         "",
-        **gain("natural, SGD", "natural", clean=True),
+        "natural, SGD",
+        over="natural",
+        clean=True,
     ),
-    Claim(
+    gain(
         "so does a learning rate that starts high: points of a start from the full rate",
         "crashes; no number (section 4.3)",
-        **gain("GradNorm, warm-up from the full rate", "GradNorm"),
+        "GradNorm, warm-up from the full rate",
+        over="GradNorm",
     ),
-    Claim(
+    gain(
         "without a penalty it does not: points of clean accuracy",
         "",
-        **gain("natural, warm-up from the full rate", "natural", clean=True),
+        "natural, warm-up from the full rate",
+        over="natural",
+        clean=True,
     ),
 )
 
@@ -142,7 +160,7 @@ def page(points: Mapping[Setting, Points], costs: Mapping[str, Mapping[str, floa
         settings = list(group)
         titles = [f"eps {setting.eps}, {setting.steps:,} steps" for setting in settings]
         lines = [
-            f"\n## {net}\n" if data == "fashion-mnist" else f"\n## {net}, {data}\n",
+            f"\n## {net}\n" if data == FASHION_MNIST else f"\n## {net}, {data}\n",
             f"| claim | published, on ImageNet | {' | '.join(titles)} |",
             "|---|---|" + ":-:|" * len(titles),
         ]
@@ -158,7 +176,7 @@ def page(points: Mapping[Setting, Points], costs: Mapping[str, Mapping[str, floa
         of_net = costs.get(net, {})
         if {"GradNorm", "PGD-3"} <= of_net.keys():
             percent = f"{100 * of_net['GradNorm'] / of_net['PGD-3']:.0f}"
-            lines.append(f"| {COST} | {percent} |{' |' * (len(titles) - 1)}")
+            lines.append(f"| {COST} |" + f" {percent} |" * len(titles))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

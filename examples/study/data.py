@@ -17,6 +17,8 @@ from torch import Tensor
 
 from quickstart import load_digits
 
+FASHION_MNIST, DIGITS = "fashion-mnist", "digits"
+
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST
 BATCH_SIZE = 128
@@ -33,16 +35,16 @@ class Data:
     y: Tensor
 
 
-def load(split: str, folder: Path | None = None, data: str = "fashion-mnist") -> Data:
+def load(split: str, folder: Path | None = None, data: str = FASHION_MNIST) -> Data:
     """The data, with the test images or the validation images to evaluate on; training never sees either.
 
     Args:
         split: ``"test"`` or ``"validation"``.
         folder: Where the files of Fashion-MNIST are; default: Debian's, else torchvision's, downloaded to
             ``results/data``.
-        data: ``"fashion-mnist"`` or ``"digits"``.
+        data: ``FASHION_MNIST`` or ``DIGITS``.
     """
-    if data == "digits":
+    if data == DIGITS:
         return Data(*load_digits(split))
     if folder is None and not DEBIAN.exists():
         from torchvision.datasets import FashionMNIST

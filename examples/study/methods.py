@@ -1,8 +1,7 @@
 """The ways to train that are compared. Each is a function of the threat model and of the length of the warm-up."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -52,7 +51,7 @@ class Method:
         family: Methods of a family differ in one number, and lie on one curve.
         start: The method whose network, trained as long, is trained on; None for a fresh one.
         optimizer: Made for the parameters.
-        warm_up: Where its learning rate begins, of the largest one, to which it rises in the first tenth of the steps.
+        first_rate: The learning rate at first, of the largest one, to which it rises in the first tenth of the steps.
     """
 
     objective: Callable[[Linf, float], PenalizedLoss] = lambda threat, warm_up: NATURAL
@@ -61,7 +60,7 @@ class Method:
     family: str = ""
     start: str | None = None
     optimizer: Optimizer = adamw
-    warm_up: float = 0.0
+    first_rate: float = 0.0
 
 
 def grad_norm(
@@ -126,14 +125,14 @@ def noisy(weight: float, fraction: float = 1.0, bounds: tuple[float, float] | No
     )
 
 
-def pgd_3(factor: float, *, random_start: bool = False, **rest: Any) -> Method:
+def pgd_3(factor: float, *, random_start: bool = False) -> Method:
     """Three steps from the image itself, for a radius that many times as large. The thesis starts at random."""
 
     def attack(threat: Linf) -> Attack:
         wider = threat.scaled(factor)
         return PGDAttack(wider, steps=3, step_size=2 / 3 * wider.eps, random_start=random_start, best=False)
 
-    return Method(attack=attack, **{"family": "PGD-3", **rest})
+    return Method(attack=attack, family="PGD-3")
 
 
 def n_fgsm(factor: float, noise: float) -> Method:
@@ -188,7 +187,7 @@ ABLATIONS: dict[str, Method] = {
     "N-FGSM, noise 2 eps": n_fgsm(1.0, 2.0),
     "PGD-3, 1.2 eps": pgd_3(1.2),
     "PGD-3, 1.4 eps": pgd_3(1.4),
-    "PGD-3, random start": pgd_3(1.0, random_start=True, family=""),
+    "PGD-3, random start": replace(pgd_3(1.0, random_start=True), family=""),
 }
 
 # What the thesis says of activations, of where training starts, and of what makes it crash (section 4.3).
@@ -196,13 +195,13 @@ CONDITIONS: dict[str, Method] = {
     "GradNorm, SiLU": Method(grad_norm(), activation="silu"),
     "GradNorm, ReLU": Method(grad_norm(), activation="relu"),
     "GradNorm, ReLU, weight 2.4": Method(grad_norm(2.4), activation="relu"),
-    "PGD-3, ReLU": pgd_3(1.0, activation="relu", family=""),
+    "PGD-3, ReLU": replace(pgd_3(1.0), activation="relu", family=""),
     "natural, then GradNorm": Method(grad_norm(), start="natural"),
-    "natural, then PGD-3": pgd_3(1.0, start="natural", family=""),
+    "natural, then PGD-3": replace(pgd_3(1.0), start="natural", family=""),
     "natural, SGD": Method(optimizer=sgd),
     "GradNorm, SGD": Method(grad_norm(), optimizer=sgd),
-    "natural, warm-up from the full rate": Method(warm_up=1.0),
-    "GradNorm, warm-up from the full rate": Method(grad_norm(), warm_up=1.0),
+    "natural, warm-up from the full rate": Method(first_rate=1.0),
+    "GradNorm, warm-up from the full rate": Method(grad_norm(), first_rate=1.0),
 }
 
 ALL = METHODS | ABLATIONS | CONDITIONS

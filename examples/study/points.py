@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from study.data import FASHION_MNIST
 from study.methods import ALL, METHODS
 from study.runs import Run, unpack
 
@@ -26,7 +27,7 @@ class Setting(NamedTuple):
     steps: int
 
     def __str__(self) -> str:
-        data = "" if self.data == "fashion-mnist" else f"{self.data}, "
+        data = "" if self.data == FASHION_MNIST else f"{self.data}, "
         return f"{data}{self.net}, eps {self.eps}, {self.steps} steps"
 
 
@@ -38,7 +39,7 @@ def setting_of(run: Run) -> Setting:
 def settings_of(results: Results) -> list[Setting]:
     """The settings that there are runs of, those of Fashion-MNIST first."""
     return sorted(
-        {setting_of(run) for run in results if run.split == SPLIT}, key=lambda s: (s.data != "fashion-mnist", s)
+        {setting_of(run) for run in results if run.split == SPLIT}, key=lambda s: (s.data != FASHION_MNIST, s)
     )
 
 

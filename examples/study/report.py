@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from study import claims
+from study.data import FASHION_MNIST
 from study.methods import METHODS
 from study.models import NETS
 from study.points import CURVE, Points, Results, Setting, key, settings_of
@@ -59,10 +60,10 @@ def write(folder: Path) -> None:
     costs = _costs()
     points = {setting: Points(results, setting) for setting in settings_of(results)}
     tables = [table(setting, of_setting, costs.get(setting.net, {})) for setting, of_setting in points.items()]
-    (RECORD / "tables.md").write_text("\n".join([INTRODUCTION, overview(points), *tables]))
     (RECORD / "claims.md").write_text(claims.page(points, costs))
-    drawn = {setting: of_setting for setting, of_setting in points.items() if setting.data == "fashion-mnist"}
+    drawn = {setting: of_setting for setting, of_setting in points.items() if setting.data == FASHION_MNIST}
     if drawn:
+        tables.insert(0, overview(drawn))
         clean = figure(drawn, lambda net, name, of_setting: of_setting.mean(name), "clean accuracy, %")
         clean.savefig(RECORD / "clean_and_robust.png")
 
@@ -71,6 +72,7 @@ def write(folder: Path) -> None:
 
         costly = figure(drawn, cost_and_robust, "CPU time of a step, natural = 1")
         costly.savefig(RECORD / "cost_and_robust.png")
+    (RECORD / "tables.md").write_text("\n".join([INTRODUCTION, *tables]))
 
 
 def _costs() -> dict[str, dict[str, float]]:
@@ -85,21 +87,19 @@ def _costs() -> dict[str, dict[str, float]]:
 
 
 def overview(points: Mapping[Setting, Points]) -> str:
-    """How far every method of the study lies above the curve of PGD-3, in all settings of Fashion-MNIST."""
-    settings = [setting for setting in points if setting.data == "fashion-mnist"]
+    """How far every method of the study lies above the curve of PGD-3, in all settings."""
     lines = [
         "\n## Points of robust accuracy above PGD-3's curve\n",
         "The curve is that of clean against robust accuracy which PGD-3 draws when its training radius is varied, from",
         "0.6 to 1 eps; beyond its ends it is level. In brackets the number of seeds.\n",
-        f"| trained with | {' | '.join(str(setting) for setting in settings)} |",
-        "|---|" + ":-:|" * len(settings),
+        f"| trained with | {' | '.join(str(setting) for setting in points)} |",
+        "|---|" + ":-:|" * len(points),
     ]
     for method in METHODS:
         if METHODS[method].family == CURVE:
             continue
         cells = []
-        for setting in settings:
-            of_setting = points[setting]
+        for of_setting in points.values():
             above = of_setting.above_curve(method) if method in of_setting.clean else None
             cells.append("" if above is None else f"{above[0]:+.1f} ({of_setting.seeds(method)})")
         if any(cells):
@@ -144,7 +144,7 @@ def figure(
     axes = picture.subplots(len(rows), len(columns), squeeze=False)
     handles: dict[str, Any] = {}
     for panel, ((net, eps), steps) in zip(axes.flat, itertools.product(rows, columns), strict=True):
-        setting = Setting("fashion-mnist", net, eps, steps)
+        setting = Setting(FASHION_MNIST, net, eps, steps)
         if setting not in points:
             panel.set_axis_off()
             continue

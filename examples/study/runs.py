@@ -18,7 +18,7 @@ import gradreg
 from gradreg import APGDAttack, AutoAttack, Linf, TargetedAPGDAttack, evaluate
 from gradreg.state import replacing, write_atomically
 
-from study.data import Data, batches
+from study.data import FASHION_MNIST, Data, batches
 from study.methods import ALL, Method
 from study.models import build
 
@@ -36,7 +36,7 @@ class Run:
     method: str
     seed: int
     split: str = "test"
-    data: str = "fashion-mnist"
+    data: str = FASHION_MNIST
 
     @property
     def threat(self) -> Linf:
@@ -47,7 +47,7 @@ class Run:
     def name(self) -> str:
         """A name for files."""
         parts = (self.net, self.eps.replace("/", "in"), self.steps, self.method, self.seed, self.split)
-        of_data = () if self.data == "fashion-mnist" else (self.data,)
+        of_data = () if self.data == FASHION_MNIST else (self.data,)
         return "_".join(str(part) for part in (*of_data, *parts)).replace(", ", "-").replace(" ", "-")
 
 
@@ -59,7 +59,7 @@ def train(run: Run, data: Data, progress: tqdm | None = None) -> nn.Module:
         model.load_state_dict(train(replace(run, method=method.start), data).state_dict())
     optimizer = method.optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate(step / run.steps, start=method.warm_up)
+        optimizer, lambda step: _learning_rate(step / run.steps, start=method.first_rate)
     )
     step_of = stepper(method, run.threat, warm_up=0.2 * run.steps)
     torch.manual_seed(run.seed)  # of noise and of the samples drawn
