@@ -137,7 +137,13 @@ class Method:
 
 exact = functools.partial(Method, double=True)
 differences = functools.partial(FiniteDifference, 0.25)
-noisy = functools.partial(penalized, FiniteDifference(1.0, one_pass=True), noise=Linf(EPS), bounds=(0.0, 1.0))
+
+
+def noisy(weight: float, fraction: float = 1.0) -> Total:
+    """Finite differences of a full step from a noisy start."""
+    difference = FiniteDifference(1.0, one_pass=True)
+    return penalized(difference, weight=weight, fraction=fraction, noise=Linf(EPS), bounds=(0.0, 1.0))
+
 
 METHODS: dict[str, Method] = {
     "natural": Method(natural, 3, compiled=True),
@@ -153,9 +159,9 @@ METHODS: dict[str, Method] = {
     "differences, central, one pass": Method(penalized(differences(scheme="central", one_pass=True)), 9),
     "differences, one pass, half": Method(penalized(differences(one_pass=True), fraction=0.5), 3 + 3 / 2),
     "differences, one pass, quarter": Method(penalized(differences(one_pass=True), fraction=0.25), 3 + 3 / 4),
-    "noisy differences, one pass": Method(noisy(), 6, compiled=True),
-    "noisy differences, one pass, half": Method(noisy(fraction=0.5), 3 + 3 / 2, compiled=True),
-    "noisy differences, one pass, quarter": Method(noisy(fraction=0.25), 3 + 3 / 4, compiled=True),
+    "noisy differences, one pass": Method(noisy(0.4), 6, compiled=True),
+    "noisy differences, one pass, half": Method(noisy(0.4, 0.5), 3 + 2 / 2, compiled=True),
+    "noisy differences, one pass, quarter": Method(noisy(0.2, 0.25), 3 + 2 / 4, compiled=True),
     "edge alignment": exact(edge_alignment(), 6),
     "N-FGSM": Method(adversarial(NFGSM(Linf(EPS))), 5, compiled=True),
     "PGD-1": Method(adversarial(PGDAttack(Linf(EPS), steps=1, step_size=EPS, best=False)), 5),

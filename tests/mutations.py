@@ -273,6 +273,11 @@ MUTATIONS = [
     ),
     Mutation("gradients.py", "if torch.is_grad_enabled():  # under", "if False:  # under"),
     Mutation("gradients.py", "factor = cotangents[0]", "factor = cotangents.sum()"),
+    Mutation("gradients.py", "    if not count:\n", "    if False:\n"),
+    Mutation("differentiation.py", "return math.isclose(loss_weight, taken)", "return True"),
+    Mutation("differentiation.py", "return math.isclose(loss_weight, taken)", "return loss_weight == penalty_weight"),
+    Mutation("differentiation.py", ' if self.scheme == "forward" else 0.0', ""),
+    Mutation("objective.py", "sum(weights.values()) * len(x) / count", "sum(weights.values())"),
     Mutation("differentiation.py", "/ (2 * self.step)", "/ self.step"),
     Mutation("differentiation.py", "grad = score.gradient(True)", "grad = score.gradient(True).detach()"),
     # penalties, edges, selectors, schedules

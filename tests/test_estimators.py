@@ -28,6 +28,7 @@ from gradreg import (
     true_class,
 )
 
+import passes
 from cases import (
     MODELS,
     make_batch,
@@ -355,6 +356,42 @@ class TestOnePass:
         _objective(differentiation=FiniteDifference(one_pass=one_pass))(model, x, y).total.backward()
         assert passes.count("forward") == 2
         assert passes.count("backward") == count
+
+    @pytest.mark.parametrize("scheme", ["forward", "central"])
+    @pytest.mark.parametrize("fraction", [1.0, 0.5])
+    @pytest.mark.parametrize("loss_weight", [0.0, 0.15, 0.3])  # a forward difference of one step takes away 0.3
+    def test_has_them_where_the_loss_at_x_counts_nothing(
+        self, loss_weight: float, fraction: float, scheme: str
+    ) -> None:
+        model, (x, y) = make_model("conv"), make_batch(6)
+        terms = {
+            "p": Term(GradNormPenalty(Linf(0.1)), 0.1 * fraction),
+            "q": Term(GradNormPenalty(L2(0.3)), 0.2 * fraction),
+        }
+        found = []
+        for one_pass in (True, False):
+            difference = FiniteDifference(1.0, scheme=scheme, one_pass=one_pass)
+            objective = PenalizedLoss(
+                per_sample_cross_entropy, terms, loss_weight=loss_weight, differentiation=difference, fraction=fraction
+            )
+            torch.manual_seed(0)
+            found.append(objective_gradient(objective, model, x, y))
+        assert relative_error(*found) < 1e-12
+
+    @pytest.mark.parametrize(
+        ("fraction", "weight", "to_weights"), [(1.0, 0.8, 1), (1.0, 0.4, 2), (0.5, 0.4, 1), (0.5, 0.8, 1.5)]
+    )
+    def test_leaves_out_the_weights_where_the_loss_at_x_counts_nothing(
+        self, fraction: float, weight: float, to_weights: float
+    ) -> None:
+        terms = {"p": Term(GradNormPenalty(Linf(0.1)), weight)}
+        objective = _objective(terms, differentiation=FiniteDifference(1.0, one_pass=True), fraction=fraction)
+        x, y = make_batch(6, dtype=torch.float32)
+        found = passes.count(
+            make_model("conv", torch.float32), lambda model: objective(model, x, y).total.backward(), len(x)
+        )
+        del found["flops"]
+        assert found == {"forward": 1 + fraction, "to inputs": 1 + fraction, "to weights": to_weights, "second": 0}
 
     @pytest.mark.parametrize("one_pass", [True, False])
     def test_frees_the_first_graph_before_the_second_forward_pass(self, one_pass: bool) -> None:

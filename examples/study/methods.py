@@ -154,6 +154,7 @@ METHODS: dict[str, Method] = {
     "noisy differences, 0.6": noisy(0.6),
     "noisy differences, half, 0.4": noisy(0.4, 0.5),
     "noisy differences, half, 0.6": noisy(0.6, 0.5),
+    "noisy differences, quarter, 0.2": noisy(0.2, 0.25),
     "noisy differences, quarter, 0.4": noisy(0.4, 0.25),
     "FGSM": Method(attack=lambda threat: FGSM(threat), family="FGSM"),
     "PGD-1": Method(

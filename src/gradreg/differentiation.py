@@ -11,6 +11,7 @@ R}{\partial g}
 every penalty, and where second derivatives do not exist: fused attention, compiled models, fully sharded parameters.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class FiniteDifference(Differentiation):
     One backward pass gives the gradient of the loss with respect to the input; a second one, when ``total`` is
     differentiated, that with respect to the weights. With ``one_pass=True`` they are one and the same, so that a step
     costs a natural one for each of the two points: 2, where it is 2.33 otherwise and 2 for :class:`DoubleBackward`.
-    And the activations of the first point are freed before the second is looked at.
+    And the activations of the first point are freed before the second is looked at. Where the difference takes away as
+    much of the loss at x as the objective has of it, as in FGSM training, the first pass leaves out the weights: 1.67.
 
     All passes draw the same random numbers, and only the first moves running statistics. Inside transforms and compiled
     regions random numbers cannot be replayed: a module with dropout is refused there, and in a model given as a
@@ -132,6 +134,11 @@ class FiniteDifference(Differentiation):
             )
         if self.scheme not in ("forward", "central"):
             raise ValueError(f'FiniteDifference: scheme is "forward" or "central", got {self.scheme!r}.')
+
+    def cancels(self, loss_weight: float, penalty_weight: float) -> bool:
+        """Whether the difference takes all weight away that the objective gives to the losses at x."""
+        taken = penalty_weight / self.step if self.scheme == "forward" else 0.0
+        return math.isclose(loss_weight, taken)
 
     def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
         if score.x.dtype in (torch.float16, torch.bfloat16):

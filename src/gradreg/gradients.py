@@ -125,7 +125,7 @@ def input_gradient_of(
 
 
 def in_one_pass(
-    losses: Float[Tensor, "B"], x: Float[Tensor, "B *x"], scale: float = 1.0
+    losses: Float[Tensor, "B"], x: Float[Tensor, "B *x"], scale: float = 1.0, *, count: bool = True
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B *x"]]:
     """Both gradients of the losses, with respect to x and to the parameters, from one backward pass.
 
@@ -136,6 +136,8 @@ def in_one_pass(
         losses: One loss per sample.
         x: The input that they were computed from.
         scale: Factor on the losses while their gradients are taken, divided out again.
+        count: Whether the losses count in what is minimised. Where they do not, they carry no gradient, and the pass
+            is a third shorter.
 
     Returns:
         The losses, and the gradients with respect to x.
@@ -144,6 +146,9 @@ def in_one_pass(
         RuntimeError: If a parameter has a hook on its gradient, which would run twice; or the losses do not depend on
             x, or cannot be differentiated.
     """
+    if not count:
+        grad, _ = _gradients(losses.sum() * scale, x)
+        return losses.detach(), grad
     nodes = new_nodes([losses.grad_fn], ())
     leaves = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad" and node.variable is not x]
     if any(leaf._backward_hooks for leaf in leaves):

@@ -230,6 +230,9 @@ class PenalizedLoss(nn.Module):
             if self._bounds is not None:
                 x = clamped_(x, bounds_like(self._bounds, x))
 
+        count = drawn(len(x), self.fraction)
+        losses_count = self._losses_count(loss_weight, sum(weights.values()) * len(x) / count)
+
         def forward_of(x: Tensor, y: Tensor, penalised: bool) -> SingleForward:
             if transformed:
                 return TransformedForward(model, self.criterion, x, y, self.inner_scale)
@@ -242,11 +245,12 @@ class PenalizedLoss(nn.Module):
                 differentiable=penalised,
                 replay=penalised and self.differentiation.looks_elsewhere,
                 one_pass=penalised and self._one_pass,
+                losses_count=losses_count,
                 look=look,
                 around=self._around(model, x) if penalised else nullcontext,
             )
 
-        if active and drawn(len(x), self.fraction) < len(x):
+        if active and count < len(x):
             model_checks.check_samples_are_apart(model)
             self._check_radii(x, active)
             forward: Forward = SplitForward(forward_of, self.criterion, x, y, self.fraction, look=look)
@@ -290,6 +294,11 @@ class PenalizedLoss(nn.Module):
             return SecondDerivatives if self.differentiation.fused else nullcontext
         # A compiled model would be compiled once more for it; and it is on a CPU that there is something to gain.
         return FirstDerivatives if x.device.type == "cpu" and model_checks.is_eager(model) else nullcontext
+
+    def _losses_count(self, loss_weight: float, penalty_weight: float) -> bool:
+        """Whether the losses at the points where input gradients are taken count in the total."""
+        difference = self.differentiation
+        return not (isinstance(difference, FiniteDifference) and difference.cancels(loss_weight, penalty_weight))
 
     def _check_radii(self, x: Tensor, active: Sequence[str]) -> None:
         for name in active:

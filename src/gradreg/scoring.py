@@ -97,6 +97,7 @@ class EagerForward(SingleForward):
         replay: Whether scores will be asked for at other inputs.
         one_pass: Whether to take the gradients of the losses with respect to input and parameters at once. The graph of
             the logits is then used up, and no score but the loss has a gradient.
+        losses_count: Whether the losses at x count in what is minimised; if not, one pass leaves out the parameters.
         look: Whether values may be looked at.
         around: Makes, from the tensor whose gradient will be taken, what the model runs within.
     """
@@ -112,6 +113,7 @@ class EagerForward(SingleForward):
         differentiable: bool,
         replay: bool,
         one_pass: bool = False,
+        losses_count: bool = True,
         look: bool,
         around: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
     ) -> None:
@@ -132,7 +134,7 @@ class EagerForward(SingleForward):
         self._read(logits, look=look)
         self._grad: Tensor | None = None
         if one_pass and differentiable:
-            self.losses, self._grad = in_one_pass(self.losses, self._leaf, inner_scale)
+            self.losses, self._grad = in_one_pass(self.losses, self._leaf, inner_scale, count=losses_count)
 
     def _score(self, values: Tensor, score_of: Callable[[Tensor], Tensor]) -> Score:
         def gradient(create_graph: bool) -> Tensor:

@@ -108,7 +108,7 @@ def test_step_cost_counts_and_measures_every_method(
         ("GradNorm, every 4th step", 1, 1.25, 1.25, 0.25),
         ("differences, three passes", 2, 3, 2, 0),
         ("differences, one pass", 2, 2, 2, 0),
-        ("noisy differences, one pass, quarter", 1.25, 1.25, 1.25, 0),
+        ("noisy differences, one pass, quarter", 1.25, 1.25, 1, 0),
         ("PGD-3", 4, 4, 1, 0),
         ("PGD-3, parameter gradients too", 4, 4, 4, 0),
     ],
