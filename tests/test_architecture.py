@@ -204,7 +204,7 @@ def test_init_holds_the_public_names_and_the_version_only() -> None:
 def test_import_loads_torch_and_nothing_heavy() -> None:
     """Nothing beyond what torch and jaxtyping load themselves."""
     program = (
-        "import sys, torch, jaxtyping\n"
+        "import sys, torch, torch.utils.checkpoint, jaxtyping\n"
         "before = {name.split('.')[0] for name in sys.modules}\n"
         "import gradreg\n"
         "after = {name.split('.')[0] for name in sys.modules}\n"

@@ -37,6 +37,7 @@ from gradreg.wrappers import is_quantized
 
 CLASSES = 3
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LOWEST_TORCH = torch.__version__.startswith("2.6.")
 
 
 def double_backward_works(model: nn.Module, x: Tensor, y: Tensor) -> bool:
@@ -559,12 +560,17 @@ SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(1, (4, 2))) ** 2).flatten(1),
     "float32 inside": lambda x: F.linear(x, torch.eye(8)),
 }
+UNCHECKED_TYPES = pytest.mark.skipif(
+    LOWEST_TORCH, reason="this version of torch compiles hooks, and cannot compile the type checker around ours"
+)
 
 
 @pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
 def test_finds_a_double_backward_that_is_wrong_without_an_error(case: Silent) -> None:
     model, (x, y) = case.build(), batch(0)
     assert double_backward_works(model, x, y)  # so it seems
+    if LOWEST_TORCH and "not what the forward pass computed" in case.problem:
+        pytest.skip("this version of torch has no forward mode through checkpoints")
     (error,) = preflight(model, x, y).errors
     assert error.where == case.where
     assert case.problem in error.problem
@@ -599,8 +605,10 @@ def with_old_weight_norm(*layers: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda *layers: torch.compile(features(*layers), backend="eager"),
-        lambda *layers: nn.Sequential(torch.compile(features(*layers), backend="eager")),
+        pytest.param(lambda *layers: torch.compile(features(*layers), backend="eager"), marks=UNCHECKED_TYPES),
+        pytest.param(
+            lambda *layers: nn.Sequential(torch.compile(features(*layers), backend="eager")), marks=UNCHECKED_TYPES
+        ),
         lambda *layers: frozen(features(*layers), 1),
         lambda *layers: with_idle_scale(features(*layers)),
         lambda *layers: nn.Sequential(features(nn.Dropout(), nn.BatchNorm1d(8), *layers), Remembers(CLASSES)),
