@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     content = {
         "about": about,
-        "definitions": {name: repr(statistic) for name, statistic in settings.statistics.items()},
+        "definitions": settings.definitions,
         "claims": claims.to_dict(answers),
         "models": {label: found.to_dict() for label, found in findings.items()},
     }

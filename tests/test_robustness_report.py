@@ -97,8 +97,10 @@ def test_page_and_numbers_and_a_second_run_that_does_nothing_again(
         assert claim["claim"] in page.text
         assert all(answer["verdict"] in (HOLDS, FAILS, OPEN) for answer in claim["models"].values())
     assert numbers["about"]["command"].startswith("python examples/robustness_report.py --images 9")
-    for name in numbers["definitions"]:
+    for name, definition in numbers["definitions"].items():
         assert name in page.text
+        assert definition in page.text
+        assert " at 0x" not in definition  # another one in every process
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done already")

@@ -87,6 +87,12 @@ class Settings:
         }
 
     @property
+    def definitions(self) -> dict[str, str]:
+        """Of the statistics, as code: the same in every process, a function by its name."""
+        function = re.compile(r"<function (\S+) at 0x[0-9a-f]+>")
+        return {name: function.sub(r"\1", repr(statistic)) for name, statistic in self.statistics.items()}
+
+    @property
     def attacks(self) -> dict[str, Any]:
         """That the robust accuracy is taken under."""
         return {

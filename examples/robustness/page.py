@@ -206,10 +206,11 @@ def _distributions(findings: dict[str, Findings]) -> list[str]:
 
 def _definitions(settings: Settings) -> str:
     items = []
+    definitions = settings.definitions
     for name, statistic in settings.statistics.items():
         first = inspect.cleandoc(type(statistic).__doc__ or "").split("\n\n")[0].replace("\n", " ")
         unit = f", in {statistic.unit}" if statistic.unit else ""
         items.append(
-            f"<dt>{escape(name)}{escape(unit)}</dt><dd>{escape(first)}<br><code>{escape(repr(statistic))}</code></dd>"
+            f"<dt>{escape(name)}{escape(unit)}</dt><dd>{escape(first)}<br><code>{escape(definitions[name])}</code></dd>"
         )
     return "<dl>" + "".join(items) + "</dl>"
