@@ -104,6 +104,13 @@ CLAIMS = (
         of="PGD-3",
         threshold=90,
     ),
+    share(
+        "noisy differences on half of the batch, weight 0.4: share",
+        "not in the thesis",
+        "noisy differences, half, 0.4",
+        of="PGD-3",
+        threshold=90,
+    ),
     share("edge alignment has 60 %: its share", "62 % (Swin-B, Table 5.1)", "edges", of="PGD-3", threshold=60),
     gain(
         "GradNorm needs smooth activations: points of GELU over ReLU",
