@@ -132,14 +132,14 @@ def _finite_difference(**options: object) -> float:
     return _error(wrapped, _reference(objective))
 
 
-def _objective_of_one_pass(fraction: float) -> PenalizedLoss:
-    terms = {"grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=1.2)}
+def _objective_of_one_pass(fraction: float, weight: float = 1.2) -> PenalizedLoss:
+    terms = {"grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=weight)}
     return PenalizedLoss(CRITERION, terms, differentiation=FiniteDifference(0.1, one_pass=True), fraction=fraction)
 
 
-def _one_pass(**options: object) -> float:
+def _one_pass(weight: float = 1.2, **options: object) -> float:
     """Model and objective in one module, and the model alone wrapped; one half of each rank's samples is drawn."""
-    objective, (x, y) = _objective_of_one_pass(0.5), _batch()
+    objective, (x, y) = _objective_of_one_pass(0.5, weight), _batch()
     x, y = x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()  # whichever is drawn
     together = DistributedDataParallel(PenalizedModel(_model(), objective), **options)
     outside = DistributedDataParallel(_model())
@@ -213,6 +213,11 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp one pass on half of the batch": _one_pass,
     "ddp one pass on half of the batch, static_graph": lambda: _one_pass(static_graph=True),
     "ddp one pass on half of the batch, find_unused_parameters": lambda: _one_pass(find_unused_parameters=True),
+    "ddp one pass without the weights": lambda: _one_pass(0.1 * 0.5),
+    "ddp one pass without the weights, static_graph": lambda: _one_pass(0.1 * 0.5, static_graph=True),
+    "ddp one pass without the weights, find_unused_parameters": lambda: _one_pass(
+        0.1 * 0.5, find_unused_parameters=True
+    ),
     "ddp after an attack": _after_an_attack,
     "ddp kinks found by one rank": _kinks_found_by_one_rank,
     "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),
