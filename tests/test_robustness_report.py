@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +153,15 @@ def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verdicts_are_those_of_the_interval() -> None:
     assert (_verdict(0.1, 0.2), _verdict(-0.2, -0.1), _verdict(-0.1, 0.1)) == (HOLDS, FAILS, OPEN)
     assert _verdict(float("nan"), float("nan")) == OPEN
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(0.02, 0.05, HOLDS), (0.05, 0.09, OPEN), (0.07, 0.12, FAILS)])
+def test_a_share_of_robustness_is_held_against_its_interval(low: float, high: float, verdict: str) -> None:
+    top = SimpleNamespace(value=0.6, count=60)  # of which 90 % are 6 points less
+    compared = SimpleNamespace(interval=(low, high))
+    theirs = SimpleNamespace(report=SimpleNamespace(worst_case=top, compare=lambda other: compared))
+    mine = SimpleNamespace(report=SimpleNamespace(worst_case=SimpleNamespace(value=0.6 - (low + high) / 2)))
+    assert claims.SHARE.ask(mine, theirs).verdict == verdict
 
 
 def test_claims_hold_what_was_measured(small: Path) -> None:
