@@ -16,8 +16,8 @@ INTRODUCTION = """# Fashion-MNIST: the claims
 What the thesis says of accuracy and cost, beside what the [runs](tables.md) say; `examples/fashion_mnist.py --report`
 makes this page. 95 % intervals of robust accuracy under APGD-CE and APGD-T, over images and seeds together; of clean
 accuracy, which is of all test images, over seeds alone. *Holds*, *fails*: the whole interval is on one side; *open*: it
-holds both. An empty cell has no runs, nor has a claim without a row. What is said of gradients, edges and curvature is [held against networks of
-the same kind](../robustness/fashion-mnist.md).
+holds both. An empty cell has no runs, nor has a claim without a row. What is said of gradients, edges and curvature is
+[held against networks of the same kind](../robustness/fashion-mnist.md).
 """
 COST = "GradNorm costs 60 % of adversarial training: its share | 60 % (Table 4.3; an attack with parameter gradients)"
 
