@@ -149,7 +149,7 @@ def figure(
             panel.set_axis_off()
             continue
         found = points[setting]
-        best = max((found.mean(name)[1] for name in found.clean), default=100.0)
+        best = max((found.mean(name)[1] for name in found.clean if name in METHODS), default=100.0)
         near = []
         for family, (color, marker) in LOOKS.items():
             members = [name for name in METHODS if METHODS[name].family == family and name in found.clean]
