@@ -109,6 +109,20 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="do not depend on x"):
             input_gradient(other.sum(1), x)
 
+    @pytest.mark.parametrize(
+        ("problem", "mend"), [("non-empty donated buffers", "one_pass=True"), ("any", "preflight")]
+    )
+    def test_a_backward_pass_that_raises(self, problem: str, mend: str) -> None:
+        x = torch.rand(3, 2, requires_grad=True)
+        losses = x.sum(1)
+
+        def refuse(grad: torch.Tensor) -> None:
+            raise RuntimeError(problem)
+
+        losses.register_hook(refuse)
+        with pytest.raises(RuntimeError, match=f"{problem}.*\n.*{mend}"):
+            input_gradient(losses, x)
+
 
 def test_in_transform_knows_where_it_is() -> None:
     seen = []

@@ -83,9 +83,13 @@ def _gradients(
             total, [x, *leaves], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
         )
     except RuntimeError as error:
-        raise RuntimeError(
-            f"input_gradient: {error}\ngradreg.preflight(model, x, y) names the module and the mend."
-        ) from error
+        mend = "gradreg.preflight(model, x, y) names the module and the mend."
+        if "donated buffers" in str(error):  # a compiled model whose backward pass overwrites what it has kept
+            mend = (
+                "The model is compiled and may be differentiated only once: take FiniteDifference(one_pass=True), or "
+                "set torch._functorch.config.donated_buffer = False before its first call."
+            )
+        raise RuntimeError(f"input_gradient: {error}\n{mend}") from error
     if grad is None:
         raise RuntimeError(
             "input_gradient: the losses do not depend on x. They must be computed from this very tensor, after "

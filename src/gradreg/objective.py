@@ -231,7 +231,8 @@ class PenalizedLoss(nn.Module):
                 x = clamped_(x, bounds_like(self._bounds, x))
 
         count = drawn(len(x), self.fraction)
-        losses_count = self._losses_count(loss_weight, sum(weights.values()) * len(x) / count)
+        # A compiled region takes no gradient in one pass, and cannot ask for the value of a weight that changes.
+        losses_count = transformed or self._losses_count(loss_weight, sum(weights.values()) * len(x) / count)
 
         def forward_of(x: Tensor, y: Tensor, penalised: bool) -> SingleForward:
             if transformed:

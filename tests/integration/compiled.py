@@ -16,6 +16,7 @@ from gradreg import (
     L2,
     EdgeAlignmentPenalty,
     FiniteDifference,
+    GradNormPenalty,
     Linf,
     PenalizedLoss,
     Term,
@@ -23,6 +24,7 @@ from gradreg import (
     edge_alignment,
     grad_norm,
     input_gradient_of,
+    linear_ramp,
     sampled_class,
 )
 
@@ -115,6 +117,25 @@ def test_a_ramp_compiles_a_few_times_and_not_at_every_step() -> None:
     totals = [step(x, y, t).item() for t in range(20)]
     assert totals == pytest.approx([objective(model, x, y, t=t).total.item() for t in range(20)])
     assert counter.frame_count <= 5
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_ramp_of_finite_differences(one_pass: bool, fraction: float) -> None:
+    (x, y), model = make_batch(), make_model("conv")
+    x, y = x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()  # whichever is drawn
+    objective = PenalizedLoss(
+        per_sample_cross_entropy,
+        {"grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=linear_ramp(0.4, duration=3))},
+        loss_weight=0.8,
+        differentiation=FiniteDifference(1.0, one_pass=one_pass),
+        fraction=fraction,
+    )
+    step = torch.compile(lambda x, y, t: objective(model, x, y, t=t).total, backend="aot_eager", fullgraph=True)
+    for t in range(5):  # at the ramp's end half of the batch takes all of the loss at x away
+        expected = torch.autograd.grad(objective(model, x, y, t=t).total, parameters_of(model))
+        found = torch.autograd.grad(step(x, y, t), parameters_of(model))
+        assert relative_error(list(found), list(expected)) < 1e-11
 
 
 @pytest.mark.parametrize("threat", [Linf(0.1), L2(0.4), L1(2.0)])
