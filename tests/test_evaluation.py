@@ -497,6 +497,7 @@ class TestNames:
             ({"clean": PGDAttack(Linf(0.1))}, ValueError, "'clean' is a name of the report's own"),
             (PGDAttack(Linf(0.1), targeted=True), ValueError, "Use TargetedAPGDAttack"),
             ({"pgd": "PGD"}, TypeError, "cannot be called"),
+            ([Linf(0.1)], TypeError, r"APGDAttack\(Linf\(eps=0.1\)\)"),
         ],
     )
     @pytest.mark.usefixtures("unchecked")
@@ -1184,6 +1185,10 @@ class TestBadInput:
         _, x, y = labelled()
         for batch in ({"image": x, "label": y}, (x,), x, (x, y.tolist())):
             self._fails(ValueError, r"expected batches \(x, y\) of two tensors", [batch])
+
+    def test_a_data_set_in_the_place_of_a_loader(self) -> None:
+        _, x, y = labelled()
+        self._fails(ValueError, r"single samples.*DataLoader\(dataset", TensorDataset(x, y))
 
     def test_images_and_labels_of_different_number(self) -> None:
         _, x, y = labelled()

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,12 @@ def test_refuses(mean: Sequence[float], std: Sequence[float], message: str) -> N
     with pytest.raises(ValueError, match=re.escape(message)):
         Normalize(mean, std)
     with pytest.raises(ValueError, match=re.escape(message)):
+        with_normalization(nn.Flatten(), mean, std)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, [0.5]), ([0.5], 0.5)])
+def test_refuses_a_single_number(mean: Any, std: Any, unchecked: None) -> None:
+    with pytest.raises(TypeError, match=r"0\.5, expected one number per channel: \[0\.5\]"):
         with_normalization(nn.Flatten(), mean, std)
 
 

@@ -25,6 +25,7 @@ class Normalize(nn.Module):
         ``(B, C, H, W)`` to the same, with as many channels as there are means (or any number, for a single mean).
 
     Raises:
+        TypeError: If mean or std is a single number.
         ValueError: If mean and std differ in length, a std is not above 0, or, when called, the channels do not fit.
 
     Example:
@@ -37,6 +38,9 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Channels, std: Channels) -> None:
         super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            if isinstance(values, (int, float)):
+                raise TypeError(f"Normalize: {name} is {values}, expected one number per channel: [{values}] for gray.")
         if len(mean) != len(std):
             raise ValueError(f"Normalize: mean has {len(mean)} channels, std has {len(std)}.")
         if not all(deviation > 0 for deviation in std):

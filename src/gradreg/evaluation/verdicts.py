@@ -29,6 +29,7 @@ from gradreg.streaming import (
     withstands,
     work_through,
 )
+from gradreg.threat_models import ThreatModel
 
 AttackLike = Callable[[Model, Tensor, Tensor], Tensor]
 
@@ -271,7 +272,8 @@ def _named(attacks: AttackLike | Sequence[Attack] | Mapping[str, AttackLike], se
             raise ValueError(f"{taken!r} is a name of the report's own: give the attack another one.")
     for name, attack in named.items():
         if not callable(attack):
-            raise TypeError(f"The attack {name!r} is {attack!r}, which cannot be called as attack(model, x, y).")
+            mend = f" Give an attack of it: APGDAttack({attack!r})." if isinstance(attack, ThreatModel) else ""
+            raise TypeError(f"The attack {name!r} is {attack!r}, which cannot be called as attack(model, x, y).{mend}")
         if getattr(attack, "targeted", False):
             raise ValueError(
                 f"The attack {name!r} is targeted, and would move every sample towards its own label. Use "

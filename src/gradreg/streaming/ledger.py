@@ -278,6 +278,11 @@ def _batches(loader: Iterable[Any]) -> Iterator[Batch]:
                 "or map it: [(batch['image'], batch['label']) for batch in loader]."
             )
         x, y = found[:2]
+        if y.ndim == 0:
+            raise ValueError(
+                "The loader gives single samples, as a data set does. Give it batches: DataLoader(dataset, "
+                "batch_size=256)."
+            )
         checks.check_input(x)
         if len(x) != len(y):
             raise ValueError(f"Batch {number} has {len(x)} inputs and {len(y)} labels.")
