@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from gradreg.differentiation import DoubleBackward, FiniteDifference
+from gradreg.normalization import with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, Term
 from gradreg.penalties import GradNormPenalty
 from gradreg.preflight import Finding, PreflightReport, preflight
@@ -563,6 +564,15 @@ SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
 UNCHECKED_TYPES = pytest.mark.skipif(
     LOWEST_TORCH, reason="this version of torch compiles hooks, and cannot compile the type checker around ours"
 )
+
+
+@pytest.mark.parametrize("x", [255 * torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8) * 3])
+def test_a_model_that_normalises_takes_pixels(x: Tensor) -> None:
+    model = with_normalization(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), features(nn.GELU())), [0.5], [0.25])
+    y = torch.arange(4) % CLASSES
+    (error,) = preflight(model, x, y).errors
+    assert "Pass pixels in [0, 1]" in error.problem
+    assert preflight(model, x.sigmoid(), y).ok
 
 
 @pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
