@@ -44,6 +44,10 @@ class Differentiation(ABC):
         Their values are exact; their gradients with respect to the weights are what this object stands for.
         """
 
+    def cancels(self, loss_weight: float, penalty_weight: float) -> bool:
+        """Whether the penalties' gradients take all weight away that the objective gives to the losses at x."""
+        return False
+
 
 @final
 @dataclass(frozen=True)
@@ -136,7 +140,6 @@ class FiniteDifference(Differentiation):
             raise ValueError(f'FiniteDifference: scheme is "forward" or "central", got {self.scheme!r}.')
 
     def cancels(self, loss_weight: float, penalty_weight: float) -> bool:
-        """Whether the difference takes all weight away that the objective gives to the losses at x."""
         taken = penalty_weight / self.step if self.scheme == "forward" else 0.0
         return math.isclose(loss_weight, taken)
 

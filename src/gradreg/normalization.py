@@ -99,5 +99,10 @@ def with_normalization(model: nn.Module, mean: Channels, std: Channels) -> nn.Se
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
+def normalizes(model: nn.Module) -> bool:
+    """Whether a layer of the model is :class:`Normalize`, so that it takes pixels in [0, 1]."""
+    return any(isinstance(module, Normalize) for module in model.modules())
+
+
 def _as_floats(values: Channels) -> list[float]:
     return [float(value) for value in values]

@@ -14,7 +14,7 @@ from gradreg import checks, model_checks
 from gradreg.criteria import Criterion
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference, PenaltyFunction
 from gradreg.gradients import in_transform
-from gradreg.normalization import Normalize
+from gradreg.normalization import normalizes
 from gradreg.penalties import GradNormPenalty
 from gradreg.schedules import Schedule
 from gradreg.scoring import EagerForward, Forward, Model, SingleForward, SplitForward, TransformedForward, drawn
@@ -232,7 +232,9 @@ class PenalizedLoss(nn.Module):
 
         count = drawn(len(x), self.fraction)
         # A compiled region takes no gradient in one pass, and cannot ask for the value of a weight that changes.
-        losses_count = transformed or self._losses_count(loss_weight, sum(weights.values()) * len(x) / count)
+        losses_count = transformed or not self.differentiation.cancels(
+            loss_weight, sum(weights.values()) * len(x) / count
+        )
 
         def forward_of(x: Tensor, y: Tensor, penalised: bool) -> SingleForward:
             if transformed:
@@ -296,11 +298,6 @@ class PenalizedLoss(nn.Module):
         # A compiled model would be compiled once more for it; and it is on a CPU that there is something to gain.
         return FirstDerivatives if x.device.type == "cpu" and model_checks.is_eager(model) else nullcontext
 
-    def _losses_count(self, loss_weight: float, penalty_weight: float) -> bool:
-        """Whether the losses at the points where input gradients are taken count in the total."""
-        difference = self.differentiation
-        return not (isinstance(difference, FiniteDifference) and difference.cancels(loss_weight, penalty_weight))
-
     def _check_radii(self, x: Tensor, active: Sequence[str]) -> None:
         for name in active:
             eps = getattr(getattr(self.terms[name].penalty, "threat", None), "eps", None)
@@ -312,7 +309,7 @@ class PenalizedLoss(nn.Module):
 
     def _check_values(self, model: Model, x: Tensor, active: Sequence[str]) -> None:
         lowest, highest = checks.finite_range(x)
-        if isinstance(model, nn.Module) and any(isinstance(module, Normalize) for module in model.modules()):
+        if isinstance(model, nn.Module) and normalizes(model):
             checks.check_not_normalized_twice(lowest, highest)
         penalties = [self.terms[name].penalty for name in active]
         balls = [(getattr(penalty, "threat", None), getattr(penalty, "bounds", None)) for penalty in penalties]

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from gradreg.checks import check_input, check_not_normalized_twice, finite_range
 from gradreg.modes import batch_norms
-from gradreg.normalization import Normalize
+from gradreg.normalization import normalizes
 from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, complaint_of, join, modules_of
 from gradreg.smooth import NonSmooth, find_nonsmooth
 from gradreg.wrappers import frees_parameters, is_quantized, is_sharded, is_static
@@ -45,9 +45,7 @@ def _inspect_tensors(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Finding
         )
     elif complaint := complaint_of(check_input, x) or complaint_of(finite_range, x):
         yield Finding("error", "", complaint, "" if x.is_floating_point() else _MEND_IDS)
-    elif any(isinstance(module, Normalize) for module in model.modules()) and (
-        complaint := complaint_of(lambda x: check_not_normalized_twice(*finite_range(x)), x)
-    ):
+    elif normalizes(model) and (complaint := complaint_of(lambda x: check_not_normalized_twice(*finite_range(x)), x)):
         yield Finding("error", "", complaint)
     parameters = dict(model.named_parameters())
     if lazy := [name for name, parameter in parameters.items() if is_lazy(parameter)]:
