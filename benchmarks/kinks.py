@@ -242,7 +242,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = train(CONDITIONS[name], weight or 0.0, train_x, train_y, args.steps, seed)
         report = evaluate(model, loader, ATTACKS, seed=seed, progress=False)
         if weight is None:
-            results[name] |= {"natural_clean": report.clean.value, "natural_robust": report.worst_case.value}
+            results[name] |= {
+                "natural_clean": report.clean_accuracy.value,
+                "natural_robust": report.robust_accuracy.value,
+            }
             continue
         reports[name].append(report)
         for key, value in zip(("missed", "fall"), sight(model, train_x[:IMAGES], train_y[:IMAGES]), strict=True):
@@ -250,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     robust = {name: torch.stack([torch.tensor(r.robust).double() for r in rs]) for name, rs in reports.items()}
     for name, of_seeds in reports.items():
         results[name] |= {
-            "clean": [report.clean.value for report in of_seeds],
-            "robust": [report.worst_case.value for report in of_seeds],
+            "clean": [report.clean_accuracy.value for report in of_seeds],
+            "robust": [report.robust_accuracy.value for report in of_seeds],
             "interval": interval(robust[name].mean(0)),
             "robust_images": ["".join(str(int(right)) for right in report.robust) for report in of_seeds],
             "flags": [str(flag) for report in of_seeds for flag in report.raised],

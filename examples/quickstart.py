@@ -211,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     costs = step_costs(models, train_x[:BATCH_SIZE], train_y[:BATCH_SIZE], rounds=min(args.steps, 30))
     results = {
         name: {
-            "clean": reports[name].clean.value,
-            "robust": reports[name].worst_case.value,
-            "robust_interval": reports[name].worst_case.interval,
+            "clean": reports[name].clean_accuracy.value,
+            "robust": reports[name].robust_accuracy.value,
+            "robust_interval": reports[name].robust_accuracy.interval,
             "flags": [str(flag) for flag in reports[name].raised],
             "cost": costs[name] / costs["natural"],
             "accuracy_at_eps": curves[name].to_dict()["accuracy"],

@@ -247,7 +247,7 @@ class TestDigits:
 
         counts = [curve.accuracy(eps).count for eps in [0.0, *radii]]
         assert counts == sorted(counts, reverse=True)
-        assert counts[0] == one.clean.count > 48
+        assert counts[0] == one.clean_accuracy.count > 48
         assert counts[-1] <= 3
         assert len(set(counts)) > 10
 
@@ -259,7 +259,7 @@ class TestDigits:
         assert curve.samples == evaluate(model, loader, [], progress=False).samples
         for eps in curve.eps:
             alone = evaluate(model, loader, attack.scaled(eps / 0.05), masking=0, progress=False)
-            assert abs(curve.accuracy(eps).count - alone.worst_case.count) <= 2
+            assert abs(curve.accuracy(eps).count - alone.robust_accuracy.count) <= 2
 
     def test_minimal_distortions_draw_the_same_curve(self, digits: tuple[nn.Module, Loader]) -> None:
         model, loader = digits

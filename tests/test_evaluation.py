@@ -167,9 +167,9 @@ class TestKnownRobustness:
         assert report.n == 150
         assert report.verdicts["clean"] == "".join("1" if ok else "0" for ok in right.tolist())
         assert report.robust == robust.tolist()
-        assert report.clean == Proportion(int(right.sum()), 150)
-        assert report.worst_case == Proportion(int(robust.sum()), 150)
-        assert 20 < report.worst_case.count < report.clean.count - 20
+        assert report.clean_accuracy == Proportion(int(right.sum()), 150)
+        assert report.robust_accuracy == Proportion(int(robust.sum()), 150)
+        assert 20 < report.robust_accuracy.count < report.clean_accuracy.count - 20
 
 
 @st.composite
@@ -195,7 +195,7 @@ class TestArithmetic:
         report = RobustnessReport([f"{i:016x}" for i in range(n)], verdicts, costs)
         right = [verdict == "1" for verdict in verdicts["clean"]]
         assert report.n == n
-        assert report.clean == Proportion(sum(right), n)
+        assert report.clean_accuracy == Proportion(sum(right), n)
         assert list(report.attacks) == [name for name in verdicts if name != "clean"]
         alive = right
         for name, found in report.attacks.items():
@@ -207,14 +207,14 @@ class TestArithmetic:
             assert found.alone == (Proportion(verdicts[name].count("1"), n) if attacked == right else None)
             assert (found.seconds, found.forward, found.backward) == (0.5, 3 * n, 2 * n)
         assert report.robust == alive
-        assert report.worst_case == Proportion(sum(alive), n)
+        assert report.robust_accuracy == Proportion(sum(alive), n)
         assert report.seconds == 0.5 * len(verdicts)
 
-    def test_worst_case_is_not_the_worst_attack(self) -> None:
+    def test_robust_accuracy_is_not_that_of_the_worst_attack(self) -> None:
         costs = {name: {"seconds": 0.0, "forward": 0, "backward": 0} for name in ("clean", "a", "b")}
         report = RobustnessReport(["p", "q", "r"], {"clean": "111", "a": "011", "b": "101"}, costs)
         assert [report.attacks[name].alone for name in "ab"] == [Proportion(2, 3)] * 2
-        assert report.worst_case == Proportion(1, 3)
+        assert report.robust_accuracy == Proportion(1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +228,11 @@ class TestIndependence:
     """A verdict is a matter of model, attack, seed and sample alone."""
 
     def test_every_attack_has_something_to_say(self, whole: RobustnessReport) -> None:
-        assert whole.clean == Proportion(18, 23)
+        assert whole.clean_accuracy == Proportion(18, 23)
         for result in whole.attacks.values():
             assert result.alone is not None
-            assert whole.worst_case.count <= result.alone.count < 18
-        assert whole.worst_case.count > 0
+            assert whole.robust_accuracy.count <= result.alone.count < 18
+        assert whole.robust_accuracy.count > 0
 
     @pytest.mark.parametrize("size", [1, 7])
     def test_of_the_batch_size(self, whole: RobustnessReport, size: int) -> None:
@@ -251,7 +251,7 @@ class TestIndependence:
     def test_of_early_exit(self, whole: RobustnessReport) -> None:
         model, x, y = labelled()
         report = evaluate(model, batches(x, y, 7), MIXED, **QUIET)
-        assert report.worst_case == whole.worst_case
+        assert report.robust_accuracy == whole.robust_accuracy
         assert report.robust == whole.robust
         spared = 0
         for name, verdicts in report.verdicts.items():
@@ -298,7 +298,7 @@ class TestCost:
     def test_ten_steps_cost_ten_gradients_and_one_pass_to_score(self) -> None:
         model, x, y = labelled(15)
         report = evaluate(model, batches(x, y, 4), PGDAttack(Linf(1e-6), steps=10), **QUIET)
-        assert report.worst_case == report.clean == Proportion(12, 15)
+        assert report.robust_accuracy == report.clean_accuracy == Proportion(12, 15)
         assert report.costs["clean"] | {"seconds": 0} == {"seconds": 0, "forward": 15, "backward": 0}
         assert report.costs["PGD-10"] | {"seconds": 0} == {"seconds": 0, "forward": 11 * 12, "backward": 10 * 12}
 
@@ -306,7 +306,7 @@ class TestCost:
         model, x, y = labelled(15)
         always = PGDAttack(Linf(1.0), steps=10, random_start=False)
         report = evaluate(model, [(x, y)], {"first": always, "second": always}, **QUIET)
-        assert report.worst_case.count == 0
+        assert report.robust_accuracy.count == 0
         assert report.attacks["first"].backward < 5 * 12
         assert report.costs["second"] | {"seconds": 0} == {"seconds": 0, "forward": 0, "backward": 0}
         assert report.verdicts["second"] == "-" * 15
@@ -391,7 +391,7 @@ class TestAttacks:
         report = evaluate(model, batches(x, y, 7), sign, **QUIET)
         ours = evaluate(model, batches(x, y, 7), FGSM(Linf(0.02)), **QUIET)
         assert report.verdicts["sign"] == ours.verdicts["FGSM"]
-        assert 0 < report.worst_case.count < report.clean.count
+        assert 0 < report.robust_accuracy.count < report.clean_accuracy.count
 
     @pytest.mark.parametrize(
         "wrong", [lambda x: x[:-1], lambda x: x * float("nan"), lambda x: None, lambda x: x.flatten(1)]
@@ -420,13 +420,13 @@ class TestAttacks:
     def test_on_the_edge_of_their_ball_are_not(self) -> None:
         model, x, y = labelled()
         report = evaluate(model.float(), [(x.float(), y)], Shift(Linf(0.05), bounds=None), **QUIET)
-        assert report.attacks["shift by 1.0"].attacked == report.clean.count
+        assert report.attacks["shift by 1.0"].attacked == report.clean_accuracy.count
 
     def test_on_the_edge_of_the_pixel_range_are_not(self) -> None:
         """Where the rounding of a resized image lies, which is accepted as an input, too."""
         model, x, y = labelled()
         report = evaluate(model, [(_with(x, 1, 1 + 5e-7), y)], Nothing(Linf(0.05)), **QUIET)
-        assert report.attacks["shift by 0.0"].attacked == report.clean.count
+        assert report.attacks["shift by 0.0"].attacked == report.clean_accuracy.count
 
     def test_bounds_of_every_channel_on_normalised_images(self) -> None:
         model, x, y = labelled()
@@ -441,7 +441,7 @@ class TestAttacks:
         expected = evaluate(Normalised(), batches(x, y, 7), on_pixels, **QUIET)
         found = evaluate(model, batches((x - mean) / std, y, 7), normalised, **QUIET)
         assert found.verdicts == expected.verdicts
-        assert 0 < found.worst_case.count < found.clean.count
+        assert 0 < found.robust_accuracy.count < found.clean_accuracy.count
 
     def test_transferred(self) -> None:
         model, x, y = labelled()
@@ -458,7 +458,7 @@ class TestAttacks:
     def test_targeted_apgd_chooses_its_targets(self) -> None:
         model, x, y = labelled()
         report = evaluate(model, batches(x, y, 7), TargetedAPGDAttack(Linf(0.03), targets=3, steps=5), **QUIET)
-        assert 0 < report.worst_case.count < report.clean.count
+        assert 0 < report.robust_accuracy.count < report.clean_accuracy.count
 
     def test_autoattack_is_labelled_with_its_package_and_version(self) -> None:
         model, x, y = labelled(6)
@@ -469,7 +469,7 @@ class TestAttacks:
         assert name == f"AutoAttack custom (apgd-ce) (pyautoattack {importlib.metadata.version('pyautoattack')})"
         assert name in str(report)
         assert name in report.about[f"attack {name!r}"]
-        assert report.attacks[name].attacked == report.clean.count == 4
+        assert report.attacks[name].attacked == report.clean_accuracy.count == 4
         assert report.attacks[name].backward >= 100
         assert torch.equal(torch.get_rng_state(), random)
         renamed = evaluate(model, [(x.float(), y)], {"AA": attack}, **QUIET)
@@ -488,7 +488,7 @@ class TestNames:
     def test_without_an_attack_the_accuracy_is_the_clean_one(self) -> None:
         model, x, y = labelled(10)
         report = evaluate(model, [(x, y)], [], **QUIET)
-        assert report.worst_case == report.clean == Proportion(8, 10)
+        assert report.robust_accuracy == report.clean_accuracy == Proportion(8, 10)
 
     @pytest.mark.parametrize(
         ("attacks", "error", "match"),
@@ -515,7 +515,7 @@ class TestLoaders:
         report = evaluate(model, batches(x, soft, 7), MIXED["pgd"], **QUIET)
         hard = evaluate(model, batches(x, y, 7), stay, **QUIET)
         assert report.verdicts["clean"] == hard.verdicts["clean"]
-        assert 0 < report.worst_case.count < report.clean.count
+        assert 0 < report.robust_accuracy.count < report.clean_accuracy.count
 
     def test_of_every_kind(self) -> None:
         model, x, y = labelled()
@@ -533,7 +533,7 @@ class TestLoaders:
     def test_a_ragged_last_batch_counts_samples_and_not_batches(self) -> None:
         model, x, y = labelled(21)
         report = evaluate(model, batches(x, y, 20), stay, **QUIET)
-        assert report.clean == Proportion(16, 21)  # the mean of the batches' accuracies would be 0.4
+        assert report.clean_accuracy == Proportion(16, 21)  # the mean of the batches' accuracies would be 0.4
 
     def test_no_more_than_three_batches_are_held_at_a_time(self) -> None:
         model, x, y = labelled()
@@ -566,9 +566,9 @@ class TestReport:
         assert report.flags
         content = json.loads((tmp_path / "report.json").read_text())
         assert content["n"] == 23
-        assert content["worst_case"]["correct"] == report.worst_case.count
-        assert content["worst_case"]["interval"] == list(report.worst_case.interval)
-        assert content["clean"]["accuracy"] == 18 / 23
+        assert content["robust_accuracy"]["correct"] == report.robust_accuracy.count
+        assert content["robust_accuracy"]["interval"] == list(report.robust_accuracy.interval)
+        assert content["clean_accuracy"]["accuracy"] == 18 / 23
         for name, result in report.attacks.items():
             assert content["attacks"][name]["attacked"] == result.attacked
             assert content["attacks"][name]["broken"] == result.broken
@@ -627,7 +627,7 @@ class TestCompare:
         assert [comparison.both, comparison.first, comparison.second, comparison.neither] == cells
         assert comparison.first > 0
         assert comparison.second > 0
-        assert comparison.difference == pytest.approx(first.worst_case.value - second.worst_case.value)
+        assert comparison.difference == pytest.approx(first.robust_accuracy.value - second.robust_accuracy.value)
         assert second.compare(first).first == comparison.second
 
     def test_of_verdicts_in_another_order(self) -> None:
@@ -663,7 +663,7 @@ class TestProgress:
         assert shown.out == ""
         assert "robust accuracy" in shown.err
         assert "4/4" in shown.err
-        assert f"{100 * report.worst_case.value:.1f} % of 23" in shown.err
+        assert f"{100 * report.robust_accuracy.value:.1f} % of 23" in shown.err
 
     def test_bar_counts_the_batches_of_an_earlier_session_once(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -950,7 +950,7 @@ class TestIdentity:
             return attack(model, x, y, left - 1) if left else x
 
         model, x, y = labelled(7)
-        assert evaluate(model, [(x, y)], attack, **QUIET).worst_case.count == 5
+        assert evaluate(model, [(x, y)], attack, **QUIET).robust_accuracy.count == 5
 
 
 class Interruption:
@@ -1151,7 +1151,7 @@ class TestResume:
         with pytest.raises(TypeError, match="tells models apart by their weights, and function shows none"):
             evaluate(lambda z: model(z), [(x, y)], stay, state=tmp_path / "state.json", **QUIET)
         assert not list(tmp_path.iterdir())
-        assert evaluate(lambda z: model(z), [(x, y)], stay, **QUIET).clean == Proportion(5, 7)
+        assert evaluate(lambda z: model(z), [(x, y)], stay, **QUIET).clean_accuracy == Proportion(5, 7)
 
 
 def _with(x: Tensor, row: int, value: float) -> Tensor:
@@ -1228,7 +1228,7 @@ class TestBadInput:
         model, x, y = labelled()
         attack = PGDAttack(Linf(0.02), steps=4, out_of_bounds="clamp")
         report = evaluate(model, [(_with(x, 1, 1.5), y)], attack, **QUIET)
-        assert report.attacks["PGD-4"].attacked == report.clean.count
+        assert report.attacks["PGD-4"].attacked == report.clean_accuracy.count
 
     def test_a_model_that_returns_no_tensor(self) -> None:
         model, x, y = labelled()
@@ -1261,7 +1261,7 @@ class TestBadInput:
 
         shift = {"shift": lambda model, x, y: x + 1.0}
         report = evaluate(overflows, [(x, torch.zeros(23, dtype=torch.long))], shift, **QUIET)
-        assert (report.clean.count, report.worst_case.count) == (23, 0)
+        assert (report.clean_accuracy.count, report.robust_accuracy.count) == (23, 0)
 
     def test_a_sampler_that_repeats_samples(self) -> None:
         _, x, y = labelled()
@@ -1319,7 +1319,7 @@ class TestOfBatches:
         torch.manual_seed(5)
         resumed = evaluate(model, batches(x, y, 7), noisy, state=tmp_path / "state.json", **QUIET)
         assert resumed.verdicts == evaluate(model, batches(x, y, 7), noisy, **QUIET).verdicts
-        assert 0 < resumed.worst_case.count < resumed.clean.count
+        assert 0 < resumed.robust_accuracy.count < resumed.clean_accuracy.count
 
     def test_the_order_of_attacks_is_a_part_of_the_state(self, tmp_path: Path) -> None:
         model, x, y = labelled()

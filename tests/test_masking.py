@@ -318,7 +318,7 @@ class TestInEvaluate:
 
         net = Behind(digits.net, without)
         report = evaluate(net, [(digits.x, digits.y)], RandomSearch(EPS), progress=False)
-        assert report.worst_case.count < report.clean.count
+        assert report.robust_accuracy.count < report.clean_accuracy.count
         assert {"zero gradients", "black box beats white box"} <= raised(report.flags).keys()
 
     def test_transfer_in_an_evaluation_raises_the_flag_of_its_verdicts(self, digits: Digits) -> None:

@@ -143,7 +143,7 @@ def test_perturbations_say_what_became_of_the_image(models: dict[str, nn.Module]
         found = model.eval()(attack(model, *batch)).argmax(1).tolist()
         texts = [axes.get_xlabel() for axes in figure.axes[column::3]]
         for text, guess, label in zip(texts, found, batch[1].tolist(), strict=True):
-            assert text == ("withstands" if guess == label else f"fooled: {guess}, not {label}")
+            assert text == ("robust" if guess == label else f"fooled: {guess}, not {label}")
 
 
 def test_curves_are_accuracies_in_percent() -> None:

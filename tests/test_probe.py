@@ -706,7 +706,7 @@ def test_a_step_that_no_gradient_passes_through_may_stay(name: str) -> None:
     make, passed_by = PASSED_BY[name]
     (found,) = find_nonsmooth(make(), torch.randn(8, 6))
     assert found.share > 0
-    assert ("no gradient passes through it" in found.reason) is ("may stay" in found.mend) is passed_by
+    assert ("no gradient passes through it" in found.reason) is ("may stay" in found.fix) is passed_by
 
 
 def test_data_parallel_is_looked_through_wherever_it_is(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_page_and_numbers_and_a_second_run_that_does_nothing_again(
         assert of_model["accuracy"]["n"] == of_model["curve"]["n"] == of_model["statistics"]["n"] == 9
         assert set(of_model["along_attack"]) == {"0.0", "1.0"}
         assert of_model["gradient_histograms"]["all"]["counts"]
-        clean = of_model["accuracy"]["clean"]["accuracy"]
+        clean = of_model["accuracy"]["clean_accuracy"]["accuracy"]
         assert f"{100 * clean:.1f} %" in page.text
     for claim in numbers["claims"]:
         assert claim["claim"] in page.text
@@ -159,8 +159,8 @@ def test_verdicts_are_those_of_the_interval() -> None:
 def test_a_share_of_robustness_is_held_against_its_interval(low: float, high: float, verdict: str) -> None:
     top = SimpleNamespace(value=0.6, count=60)  # of which 90 % are 6 points less
     compared = SimpleNamespace(interval=(low, high))
-    theirs = SimpleNamespace(report=SimpleNamespace(worst_case=top, compare=lambda other: compared))
-    mine = SimpleNamespace(report=SimpleNamespace(worst_case=SimpleNamespace(value=0.6 - (low + high) / 2)))
+    theirs = SimpleNamespace(report=SimpleNamespace(robust_accuracy=top, compare=lambda other: compared))
+    mine = SimpleNamespace(report=SimpleNamespace(robust_accuracy=SimpleNamespace(value=0.6 - (low + high) / 2)))
     assert claims.SHARE.ask(mine, theirs).verdict == verdict
 
 

@@ -215,13 +215,13 @@ REPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 QCONFIG = torch.ao.quantization.default_qat_qconfig
 
 
-@pytest.mark.parametrize(("build", "mend"), REPORTED.values(), ids=REPORTED)
+@pytest.mark.parametrize(("build", "fix"), REPORTED.values(), ids=REPORTED)
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
-def test_what_cannot_be_replaced_is_reported(build: Callable[[], nn.Module], mend: str) -> None:
+def test_what_cannot_be_replaced_is_reported(build: Callable[[], nn.Module], fix: str) -> None:
     _, report = smoothify(nn.Sequential(build(), nn.ReLU()), return_report=True)
     (left,) = report.remaining
     assert left.flat
-    assert mend in left.mend
+    assert fix in left.fix
 
 
 def test_a_function_compiled_by_torch_jit_is_reported() -> None:

@@ -199,7 +199,7 @@ class TestPoints:
 
     def test_validation_runs_are_not_reported(self) -> None:
         row = _result("natural", 0, 80, 50) | {"split": "validation"}
-        assert _points([row]).clean == {}
+        assert _points([row]).clean_accuracy == {}
 
 
 class TestClaims:

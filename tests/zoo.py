@@ -189,7 +189,7 @@ def logits_of(output: object) -> Tensor:
 
 
 class LogitsOnly(nn.Module):
-    """A model without its auxiliary logits: the mend for one that returns several tensors."""
+    """A model without its auxiliary logits: the fix for one that returns several tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -238,7 +238,10 @@ def train(recipe: Recipe, folder: Path, options: Options, world: World) -> None:
             if (ends and training.epoch % recipe.validation.every == 0) or training.step == parts.steps:
                 for name, report in validate(training, held_out).items():
                     attacked = next(iter(report.attacks.values()))
-                    log.write(training.step, {f"{name} clean": report.clean.value, f"{name} PGD": attacked.alone.value})
+                    log.write(
+                        training.step,
+                        {f"{name} clean": report.clean_accuracy.value, f"{name} PGD": attacked.alone.value},
+                    )
             if world.leads and saves:
                 checkpoints.save(last, training.state())
     if world.leads:

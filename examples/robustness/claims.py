@@ -147,7 +147,7 @@ def _within(found: Findings, _: Findings) -> Answer:
 
 def _share_of(target: float) -> Callable[[Findings, Findings], Answer]:
     def ask(found: Findings, top: Findings) -> Answer:
-        mine, theirs = found.report.worst_case, top.report.worst_case
+        mine, theirs = found.report.robust_accuracy, top.report.robust_accuracy
         low, high = top.report.compare(found.report).interval
         share = mine.value / theirs.value if theirs.count else math.nan
         points = f"{100 * mine.value:.1f} of {100 * theirs.value:.1f} %"

@@ -117,7 +117,9 @@ def _accuracies(findings: dict[str, Findings]) -> str:
     for name, found in findings.items():
         report = found.report
         after = [str(result.after) for result in report.attacks.values()]
-        rows.append([escape(name), str(report.clean), *after, str(report.worst_case), f"{report.seconds:.0f} s"])
+        rows.append(
+            [escape(name), str(report.clean_accuracy), *after, str(report.robust_accuracy), f"{report.seconds:.0f} s"]
+        )
     attacks = [f"after {escape(attack)}" for attack in next(iter(findings.values())).report.attacks]
     return _table(["model", "clean", *attacks, "worst case", "time"], rows, numbers=True)
 

@@ -59,7 +59,7 @@ class Points:
 
     def __init__(self, results: Results, setting: Setting) -> None:
         of_setting = {run: r for run, r in results.items() if setting_of(run) == setting}
-        self.clean: dict[str, np.ndarray] = {}
+        self.clean_accuracy: dict[str, np.ndarray] = {}
         self.verdicts: dict[str, np.ndarray] = {}
         self.autoattack: dict[str, list[dict[str, Any]]] = {}
         self._seeds: dict[str, list[int]] = {}
@@ -67,21 +67,21 @@ class Points:
             rows = [r for run, r in of_setting.items() if run.method == method and run.split == SPLIT]
             if rows:
                 self._seeds[method] = [row["seed"] for row in rows]
-                self.clean[method] = np.array([100 * row["clean"] / row["clean_of"] for row in rows])
+                self.clean_accuracy[method] = np.array([100 * row["clean"] / row["clean_of"] for row in rows])
                 self.verdicts[method] = np.array([unpack(row["verdicts"]) for row in rows], dtype=float) * 100
                 self.autoattack[method] = [row for row in rows if "autoattack" in row]
 
     def seeds(self, method: str) -> int:
         """How many there are of a method."""
-        return len(self.clean[method])
+        return len(self.clean_accuracy[method])
 
     def mean(self, method: str) -> tuple[float, float]:
         """Clean and robust accuracy, in percent."""
-        return float(self.clean[method].mean()), float(self.verdicts[method].mean())
+        return float(self.clean_accuracy[method].mean()), float(self.verdicts[method].mean())
 
     def curve(self) -> list[str]:
         """The methods of the family that the others are measured by, as far as there are runs."""
-        return [name for name, method in METHODS.items() if method.family == CURVE and name in self.clean]
+        return [name for name, method in METHODS.items() if method.family == CURVE and name in self.clean_accuracy]
 
     def estimate(
         self, methods: Iterable[str], function: Callable[[Mean], float]
@@ -100,7 +100,7 @@ class Points:
         drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in names:
             rows = [self._seeds[name].index(seed) for seed in sorted(common)]
-            drawn[name] = seeds @ self.clean[name][rows], ((seeds @ self.verdicts[name][rows]) * images).sum(1)
+            drawn[name] = seeds @ self.clean_accuracy[name][rows], ((seeds @ self.verdicts[name][rows]) * images).sum(1)
         value, *others = (
             float(function(lambda name, draw=draw: (drawn[name][0][draw], drawn[name][1][draw])))
             for draw in range(len(seeds))

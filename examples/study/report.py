@@ -100,7 +100,7 @@ def overview(points: Mapping[Setting, Points]) -> str:
             continue
         cells = []
         for of_setting in points.values():
-            above = of_setting.above_curve(method) if method in of_setting.clean else None
+            above = of_setting.above_curve(method) if method in of_setting.clean_accuracy else None
             cells.append("" if above is None else f"{above[0]:+.1f} ({of_setting.seeds(method)})")
         if any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
@@ -114,7 +114,7 @@ def table(setting: Setting, points: Points, costs: dict[str, float]) -> str:
         "| trained with | seeds | clean % | robust % (95 %) | above PGD-3's curve (95 %) | AutoAttack, 200 | cost |",
         "|---|--:|--:|:-:|:-:|:-:|--:|",
     ]
-    for method in points.clean:
+    for method in points.clean_accuracy:
         clean, robust = points.mean(method)
         low, high = points.interval(method)
         above, attacked = points.above_curve(method), points.autoattack[method]
@@ -149,10 +149,10 @@ def figure(
             panel.set_axis_off()
             continue
         found = points[setting]
-        best = max((found.mean(name)[1] for name in found.clean if name in METHODS), default=100.0)
+        best = max((found.mean(name)[1] for name in found.clean_accuracy if name in METHODS), default=100.0)
         near = []
         for family, (color, marker) in LOOKS.items():
-            members = [name for name in METHODS if METHODS[name].family == family and name in found.clean]
+            members = [name for name in METHODS if METHODS[name].family == family and name in found.clean_accuracy]
             places = [place for name in members if (place := across(net, name, found)) is not None]
             if places:
                 (handles[family],) = panel.plot(

@@ -7,6 +7,7 @@ from gradreg.attacks import (
     Attack,
     AutoAttack,
     IteratedAttack,
+    Noise,
     PGDAttack,
     RandomSearch,
     TargetedAPGDAttack,
@@ -28,11 +29,19 @@ from gradreg.evaluation import (
     masking_checks,
     minimal_distortion,
 )
-from gradreg.gradients import Score, input_gradient, input_gradient_of
+from gradreg.gradients import input_gradient, input_gradient_of
 from gradreg.intervals import PairedComparison, Proportion, mcnemar, wilson
 from gradreg.normalization import Normalize, with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
-from gradreg.penalties import EdgeAlignmentPenalty, GradNormPenalty, Penalty, edge_alignment, grad_norm
+from gradreg.penalties import (
+    EdgeAlignmentPenalty,
+    GradientPenalty,
+    GradNormPenalty,
+    Penalty,
+    edge_alignment,
+    grad_norm,
+)
+from gradreg.point import Point
 from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.schedules import Schedule, constant, cosine_ramp, every, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
@@ -57,9 +66,11 @@ __all__ = [
     "FiniteDifference",
     "Flag",
     "GradNormPenalty",
+    "GradientPenalty",
     "GradregWarning",
     "IteratedAttack",
     "Linf",
+    "Noise",
     "NonSmooth",
     "Normalize",
     "PGDAttack",
@@ -68,13 +79,13 @@ __all__ = [
     "PenalizedModel",
     "PenalizedOutput",
     "Penalty",
+    "Point",
     "PreflightReport",
     "Proportion",
     "RandomSearch",
     "RobustnessCurve",
     "RobustnessReport",
     "Schedule",
-    "Score",
     "SmoothReport",
     "StateError",
     "TargetedAPGDAttack",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,6 +103,11 @@ def targeted_dlr(logits: Float[Tensor, "B K"], y: Int[Tensor, "B"], target: Int[
     return (_of(logits, target) - _of(logits, y)) / scale
 
 
+def is_classification(criterion: object) -> bool:
+    """Whether a criterion is known to take logits of classes and their labels: those of PyTorch and of this module."""
+    return isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) or criterion in _OF_CLASSES
+
+
 def _tiny(logits: Tensor) -> float:
     """What keeps equal logits from dividing by 0."""
     return max(1e-12, torch.finfo(logits.dtype).tiny)
@@ -127,3 +132,6 @@ def _check_classes(name: str, logits: Tensor, y: Tensor, at_least: int) -> None:
             f"{name} needs logits of shape (B, K) with K of at least {at_least}, got shape {tuple(logits.shape)}. With "
             f"fewer classes use {'margin or ' if at_least > 2 else ''}cross_entropy."
         )
+
+
+_OF_CLASSES = (cross_entropy, kl_divergence, margin, dlr, F.cross_entropy, F.nll_loss)

@@ -1,52 +1,111 @@
-r"""How the gradient of a penalty on an input gradient reaches the weights.
+r"""How an input gradient depends on the weights.
 
 A penalty :math:`R(\nabla_x s)` of a score s depends on the weights through a gradient, so its own gradient is a second
 derivative. :class:`DoubleBackward` takes it exactly. :class:`FiniteDifference` takes it from one more forward pass,
-because
+because, with :math:`u = \partial R / \partial g` held fixed,
 
-.. math:: \nabla_\theta R(\nabla_x s) = \nabla_\theta \langle u, \nabla_x s \rangle, \qquad u = \frac{\partial
-R}{\partial g}
+.. math:: \nabla_\theta R(\nabla_x s) = \nabla_\theta \langle u, \nabla_x s \rangle
 
-(u held fixed) is the derivative of s along the direction u, differentiated with respect to the weights. That holds for
-every penalty, and where second derivatives do not exist: fused attention, compiled models, fully sharded parameters.
+is the derivative of s along the direction u, differentiated with respect to the weights. That holds for any function of
+any number of gradients, and where second derivatives do not exist: fused attention, compiled models, sharded
+parameters.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradreg import checks
-from gradreg.gradients import Score, in_transform, with_pull_back
+from gradreg.gradients import in_transform
+from gradreg.modes import batch_norms
+from gradreg.second_derivatives import FirstDerivatives, SecondDerivatives
 from gradreg.threat_models import ThreatModel
+from gradreg.wrappers import is_compiled
 
-PenaltyFunction = Callable[[Tensor, Tensor], Tensor]
+Around = Callable[[Tensor], AbstractContextManager[object]]
+
+
+class Differentiable(Protocol):
+    """What a differentiation asks of a :class:`gradreg.Point`."""
+
+    x: Tensor
+    model: Callable[..., Any]
+    requests: "Requests"
+
+    def slope(self, of: Any, *, create_graph: bool) -> Tensor:
+        """The input gradient of a score."""
+
+    def score(self, of: Any) -> Tensor:
+        """The score itself, ``(B,)``."""
+
+    def at(self, z: Tensor, *, differentiable: bool = True) -> "Differentiable":
+        """The same samples at another input."""
+
+
+@final
+class Requests:
+    """The input gradients that were asked for in a step, and by what they are to be told apart.
+
+    Attributes:
+        unit: The threat model in whose units a step is measured, where a differentiation has none of its own.
+        taken: Point, score and gradient of each.
+        offsets: Inside a transform, what is added to each gradient so that it can be differentiated.
+    """
+
+    def __init__(self, unit: ThreatModel | None = None) -> None:
+        self.unit = unit
+        self.taken: list[tuple[Differentiable, Any, Tensor]] = []
+        self.offsets: list[Tensor] = []
 
 
 @dataclass(frozen=True)
 class Differentiation(ABC):
-    """A way to make penalties of an input gradient differentiable with respect to the weights.
+    """A way to make input gradients differentiable with respect to the weights.
 
     Attributes:
-        looks_elsewhere: Whether it evaluates the score at other inputs than x, so that random numbers must be replayed.
+        second_order: Whether it differentiates the model twice.
+        constant: Whether input gradients do not depend on the weights.
     """
 
-    looks_elsewhere: ClassVar[bool] = True
+    second_order: ClassVar[bool] = False
+    constant: ClassVar[bool] = False
 
     @abstractmethod
-    def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
-        """The values of several penalties on the gradient of one score, each of shape ``(B,)``.
+    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+        """The gradient of a score with respect to the point's input, as penalties see it."""
 
-        Their values are exact; their gradients with respect to the weights are what this object stands for.
+    def completed(
+        self, compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], requests: Requests
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total that ``compute`` returns, with the gradient that this object stands for.
+
+        Args:
+            compute: Total of an objective, and the values of its penalties.
+            requests: The gradients that are asked for meanwhile.
         """
+        return compute()
 
-    def cancels(self, loss_weight: float, penalty_weight: float) -> bool:
-        """Whether the penalties' gradients take all weight away that the objective gives to the losses at x."""
-        return False
+    def around(self, model: object, x: Tensor) -> Around:
+        """What the model runs within, while the gradient with respect to x is to be taken."""
+        # Faster first derivatives exist for a CPU; and a compiled model would be compiled once more for the mode.
+        eager = x.device.type == "cpu" and isinstance(model, nn.Module) and not any(map(is_compiled, model.modules()))
+        return FirstDerivatives if eager else nullcontext
+
+
+@final
+@dataclass(frozen=True)
+class InputOnly(Differentiation):
+    """Input gradients that do not depend on the weights: for attacks and measurements."""
+
+    constant: ClassVar[bool] = True
+
+    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+        return point.slope(of, create_graph=False).detach()
 
 
 @final
@@ -60,76 +119,67 @@ class DoubleBackward(Differentiation):
 
     Attributes:
         fused: Whether the second derivatives of convolutions, normalisations, GELU and SiLU are taken by functions of
-            gradreg in the place of PyTorch's, which need more passes over memory. The gradient is the same up to
-            rounding. False leaves all to PyTorch.
+            gradreg instead of PyTorch's, which need more passes over memory. The gradient is the same up to rounding.
+            False leaves all to PyTorch.
 
     Example:
         >>> from gradreg import GradNormPenalty, Linf, PenalizedLoss, Term
-        >>> criterion = torch.nn.CrossEntropyLoss(reduction="none")
         >>> term = Term(GradNormPenalty(Linf(8 / 255)))
-        >>> PenalizedLoss(criterion, {"grad_norm": term}, differentiation=DoubleBackward()).differentiation
+        >>> PenalizedLoss(terms={"grad_norm": term}, differentiation=DoubleBackward()).differentiation
         DoubleBackward(fused=True)
     """
 
-    looks_elsewhere: ClassVar[bool] = False
+    second_order: ClassVar[bool] = True
     fused: bool = True
 
-    def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
-        grad = score.gradient(True)
-        return [function(grad, score.x) for function in functions]
+    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+        return point.slope(of, create_graph=True)
+
+    def around(self, model: object, x: Tensor) -> Around:
+        return SecondDerivatives if self.fused else nullcontext
 
 
 @final
 @dataclass(frozen=True)
 class FiniteDifference(Differentiation):
-    r"""The gradient from a finite difference of the score along the penalty's own gradient.
+    r"""The gradient from a finite difference of each score along the direction in which the objective depends on it.
 
     .. math:: D = \frac{s(x + h u) - s(x)}{h} \;\text{(forward)}, \qquad
               D = \frac{s(x + h u) - s(x - h u)}{2h} \;\text{(central)}
 
-    with :math:`u = \partial R / \partial g` fixed and h, for each sample, such that the displacement :math:`h u` has
-    the size ``step`` in units of the threat model. The error is of order ``step`` (forward) or ``step`` squared
-    (central) in float32; far below 0.01 rounding takes over, and in bfloat16 a quarter is about the least. For
-    :class:`gradreg.GradNormPenalty` the displacement is ``step`` times the maximiser, so that ``step=1`` looks where
-    FGSM looks.
+    with :math:`u = \partial L / \partial g` the derivative of the total L with respect to the input gradient, held
+    fixed, and h, for each sample, such that the displacement :math:`h u` has the size ``step`` in units of the threat
+    model. The error is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding
+    takes over, and in bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` the displacement is
+    ``step`` times the maximiser, so that ``step=1`` looks where FGSM looks.
 
-    One backward pass gives the gradient of the loss with respect to the input; a second one, when ``total`` is
-    differentiated, that with respect to the weights. With ``one_pass=True`` they are one and the same, so that a step
-    costs a natural one for each of the two points: 2, where it is 2.33 otherwise and 2 for :class:`DoubleBackward`.
-    And the activations of the first point are freed before the second is looked at. Where the difference takes away as
-    much of the loss at x as the objective has of it, as in FGSM training, the first pass leaves out the weights: 1.67.
+    A penalty of any number of gradients, at any number of points, costs one more forward and backward pass for each
+    gradient: 2.33 natural steps for a :class:`gradreg.GradNormPenalty`. The values of penalties are exact.
 
-    All passes draw the same random numbers, and only the first moves running statistics. Inside transforms and compiled
-    regions random numbers cannot be replayed: a module with dropout is refused there, and in a model given as a
-    function, whose modules cannot be seen, dropout would make the result wrong.
+    All passes are the same function: they draw the same random numbers and find buffers as the first pass found them,
+    and only the first one moves these. Where samples see each other (BatchNorm in training mode), h is the same for
+    all of them. A compiled region cannot draw the same random numbers twice, so that they are refused there.
 
     Attributes:
         step: Size of the displacement in units of the threat model: 0.25 is a quarter of eps.
-        threat: The units, for penalties that have no ``threat`` of their own (edge alignment, a plain function).
-        scheme: ``"forward"``, one more forward and backward pass for each penalty, or ``"central"``, two.
-        one_pass: Whether to take both gradients of the loss in one backward pass, before the objective returns. Of its
-            output only ``total`` then carries a gradient. Every penalty must be a :class:`gradreg.GradNormPenalty` of
-            the loss: its displacement has the same size for every sample, and only then is the share of each sample in
-            the first pass known before that pass. Not for parameters with hooks on their gradients or sharded ones.
-            Inside transforms and compiled regions it changes nothing.
+        threat: The units. Default: those of the objective's first penalty that has a ``threat``.
+        scheme: ``"forward"``, one more forward and backward pass for each gradient, or ``"central"``, two.
 
     Raises:
         ValueError: If step is not above 0 or the scheme is unknown; and, when called, if no threat model is known, or
             one with eps 0 where the penalty moves the input.
         TypeError: When called, if x is in half precision.
+        RuntimeError: When called, if random numbers are drawn inside a compiled region.
 
     Example:
-        >>> from gradreg import EdgeAlignmentPenalty, Linf, PenalizedLoss, Term, sampled_class
-        >>> criterion = torch.nn.CrossEntropyLoss(reduction="none")
-        >>> term = Term(EdgeAlignmentPenalty(), of=sampled_class(0.5))
+        >>> from gradreg import EdgeAlignmentPenalty, Linf, PenalizedLoss, Term
         >>> difference = FiniteDifference(step=0.25, threat=Linf(8 / 255))
-        >>> objective = PenalizedLoss(criterion, {"edges": term}, differentiation=difference)
+        >>> objective = PenalizedLoss(terms={"edges": Term(EdgeAlignmentPenalty())}, differentiation=difference)
     """
 
     step: float = 0.25
     threat: ThreatModel | None = None
     scheme: Literal["forward", "central"] = "forward"
-    one_pass: bool = False
 
     def __post_init__(self) -> None:
         if not self.step > 0:
@@ -139,48 +189,82 @@ class FiniteDifference(Differentiation):
         if self.scheme not in ("forward", "central"):
             raise ValueError(f'FiniteDifference: scheme is "forward" or "central", got {self.scheme!r}.')
 
-    def cancels(self, loss_weight: float, penalty_weight: float) -> bool:
-        taken = penalty_weight / self.step if self.scheme == "forward" else 0.0
-        return math.isclose(loss_weight, taken)
-
-    def penalties(self, score: Score, functions: Sequence[PenaltyFunction]) -> list[Tensor]:
-        if score.x.dtype in (torch.float16, torch.bfloat16):
+    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+        requests = point.requests
+        for known, score, grad in requests.taken:
+            if known is point and score == of:
+                return grad
+        if point.x.dtype in (torch.float16, torch.bfloat16):
             raise TypeError(
-                f"FiniteDifference: x is in {score.x.dtype}, whose neighbouring values are about as far apart as the "
+                f"FiniteDifference: x is in {point.x.dtype}, whose neighbouring values are about as far apart as the "
                 "step. Keep x in float32 and run the model under torch.autocast."
             )
-        grad = score.gradient(False).detach()
-        return [self._penalty(score, grad, function) for function in functions]
+        grad = point.slope(of, create_graph=False).detach()
+        if not in_transform():
+            grad.requires_grad_()  # a leaf: what the total makes of it is asked of autograd
+        elif requests.offsets:
+            grad = grad + requests.offsets[len(requests.taken)]
+        requests.taken.append((point, of, grad))
+        return grad
 
-    def _penalty(self, score: Score, grad: Tensor, function: PenaltyFunction) -> Tensor:
-        values, pull_back = with_pull_back(lambda g: function(g, score.x), grad)
-        (direction,) = pull_back(torch.ones_like(values))
-        size = self._threat_of(function).norm(direction)
+    def completed(
+        self, compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], requests: Requests
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total, penalties = compute()
+        taken = list(requests.taken)
+        if not taken:
+            return total, penalties
+        grads = [grad for *_, grad in taken]
+        if in_transform():
+            directions = self._directions_in_transform(compute, requests, grads)
+        else:
+            directions = torch.autograd.grad(
+                total, grads, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        for (point, of, _), direction in zip(taken, directions, strict=True):
+            total = total + self._difference(point, of, direction, self._unit(requests))
+        return total, {name: values.detach() for name, values in penalties.items()}
+
+    @staticmethod
+    def _directions_in_transform(
+        compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], requests: Requests, grads: list[Tensor]
+    ) -> list[Tensor]:
+        """Derivatives of the total with respect to the gradients, for which it is computed a second time."""
+
+        def total_with(offsets: list[Tensor]) -> Tensor:
+            requests.taken, requests.offsets = [], offsets
+            return compute()[0]
+
+        total, pull_back = torch.func.vjp(total_with, [torch.zeros_like(grad) for grad in grads])
+        requests.taken, requests.offsets = [], []
+        return list(pull_back(torch.ones_like(total))[0])
+
+    def _difference(self, point: Differentiable, of: Any, direction: Tensor, threat: ThreatModel) -> Tensor:
+        """0, with the derivative of the score along the direction as its gradient with respect to the weights."""
+        size = threat.norm(direction)
+        if batch_norms(point.model):  # a sample's score depends on all displacements, which so share one h
+            size = size.amax().expand_as(size)
         if not in_transform() and checks.may_look(self, size, validate=False) and bool(size.isinf().any()):
             raise ValueError(
                 "FiniteDifference: the threat model's eps is 0 at inputs that the penalty moves. Give one with eps "
                 "above 0 everywhere."
             )
         moves = size > 0
-        if getattr(function, "gradient_is_perturbation", False):
-            size = moves.to(size.dtype)  # it is taken as it is: bounds may have made it shorter
         per_step = torch.where(moves, self.step / size.where(moves, 1.0), 0.0)
-        displacement = per_step.view(-1, *[1] * (grad.ndim - 1)) * direction
-        displacement = displacement.to(score.x.dtype)
+        displacement = (per_step.view(-1, *[1] * (direction.ndim - 1)) * direction).to(point.x.dtype)
+        ahead = point.at(point.x + displacement, differentiable=False).score(of)
         if self.scheme == "forward":
-            rise = (score.at(score.x + displacement) - score.values) / self.step
+            rise = (ahead - point.score(of)) / self.step
         else:
-            rise = (score.at(score.x + displacement) - score.at(score.x - displacement)) / (2 * self.step)
-        # In one pass every sample must count the same: the size is 1, and nothing rises where nothing moves.
-        derivative = rise if self.one_pass else torch.where(moves, rise * size, 0.0)
-        return values.detach() + derivative - derivative.detach()
+            rise = (ahead - point.at(point.x - displacement, differentiable=False).score(of)) / (2 * self.step)
+        derivative = torch.where(moves, rise * size, 0.0).sum()
+        return derivative - derivative.detach()
 
-    def _threat_of(self, function: PenaltyFunction) -> ThreatModel:
-        threat = getattr(function, "threat", None) or self.threat
+    def _unit(self, requests: Requests) -> ThreatModel:
+        threat = self.threat or requests.unit
         if threat is None:
             raise ValueError(
-                f"FiniteDifference: {getattr(function, '__name__', type(function).__name__)} has no threat model, so "
-                f"the step of {self.step} has no unit. Give one: FiniteDifference(step={self.step}, threat=Linf(4 / "
-                "255))."
+                f"FiniteDifference: no penalty of the objective has a threat model, so the step of {self.step} has no "
+                f"unit. Give one: FiniteDifference(step={self.step}, threat=Linf(4 / 255))."
             )
         return threat

@@ -59,8 +59,8 @@ def contour_energy(x: Float[Tensor, "B C H W"], *, sigma: float = 1.0) -> Float[
 
     with h the discrete Gaussian :math:`h_n \propto e^{-\sigma^2} I_n(\sigma^2)` and :math:`k_u(i, j) = i / (i^2 + j^2)`
     on 3x3 pixels. This is the target that the released code of Rodríguez Muñoz (MIT 2024) aligns gradients with, where
-    its text says :func:`oriented_energy`; that code has sigma in the place of sigma squared, which is the same at its
-    sigma of 1.
+    its text says :func:`oriented_energy`; that code has sigma instead of sigma squared, which is the same at its sigma
+    of 1.
 
     Args:
         x: Images. H and W must exceed ``ceil(3 * sigma)``.

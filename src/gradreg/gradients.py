@@ -1,7 +1,8 @@
 """The one derivative that everything here is built on: of per-sample scores with respect to the input."""
 
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, final
 
 import torch
@@ -11,24 +12,6 @@ from torch import Tensor
 ScoresAt = Callable[[Tensor], Tensor]
 # TorchScript's nodes have the methods of torch.autograd.graph.Node, but are not of that type.
 Node = Any
-
-
-@final
-@dataclass(frozen=True)
-class Score:
-    """What is differentiated with respect to the input: the loss, or the logit of some class.
-
-    Attributes:
-        x: The input, ``(B, ...)``, without a graph.
-        values: The score of every sample at x, ``(B,)``.
-        gradient: Function of ``create_graph`` that returns the gradient of the values with respect to x.
-        at: The same score (same labels, classes, random numbers) at other inputs.
-    """
-
-    x: Tensor
-    values: Tensor
-    gradient: Callable[[bool], Tensor]
-    at: Callable[[Tensor], Tensor]
 
 
 def input_gradient(
@@ -70,32 +53,26 @@ def input_gradient(
             "input_gradient: the losses carry no graph. Compute them with grad enabled, outside torch.no_grad() and "
             "torch.inference_mode(), and without detach() on the way from x."
         )
-    grad, _ = _gradients(losses.sum(), x, create_graph=create_graph, retain_graph=True)
-    return grad
+    return _gradient(losses.sum(), x, create_graph=create_graph)
 
 
-def _gradients(
-    total: Tensor, x: Tensor, leaves: Sequence[Tensor] = (), *, create_graph: bool = False, retain_graph: bool = False
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """The gradients with respect to x, and to leaves as far as there are any."""
+def _gradient(total: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:
     try:
-        grad, *others = torch.autograd.grad(
-            total, [x, *leaves], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-        )
+        (grad,) = torch.autograd.grad(total, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        mend = "gradreg.preflight(model, x, y) names the module and the mend."
+        fix = "gradreg.preflight(objective, model, x, y) names the module and the fix."
         if "donated buffers" in str(error):  # a compiled model whose backward pass overwrites what it has kept
-            mend = (
-                "The model is compiled and may be differentiated only once: take FiniteDifference(one_pass=True), or "
-                "set torch._functorch.config.donated_buffer = False before its first call."
+            fix = (
+                "The model is compiled and may be differentiated only once: set "
+                "torch._functorch.config.donated_buffer = False before its first call."
             )
-        raise RuntimeError(f"input_gradient: {error}\n{mend}") from error
+        raise RuntimeError(f"input_gradient: {error}\n{fix}") from error
     if grad is None:
         raise RuntimeError(
             "input_gradient: the losses do not depend on x. They must be computed from this very tensor, after "
             "x.requires_grad_(); a copy made before (x.clone(), x.to(device), mixup) is another tensor."
         )
-    return grad, others
+    return grad
 
 
 def input_gradient_of(
@@ -126,63 +103,6 @@ def input_gradient_of(
     check_scores(losses, x)
     (grad,) = pull_back(torch.ones_like(losses))
     return grad, losses
-
-
-def in_one_pass(
-    losses: Float[Tensor, "B"], x: Float[Tensor, "B *x"], scale: float = 1.0, *, count: bool = True
-) -> tuple[Float[Tensor, "B"], Float[Tensor, "B *x"]]:
-    """Both gradients of the losses, with respect to x and to the parameters, from one backward pass.
-
-    The graph of the losses is freed. Those that are returned carry the parameters' gradient in its place, and hand it
-    on when they are differentiated, as long as every loss counts the same: their sum or mean, times anything.
-
-    Args:
-        losses: One loss per sample.
-        x: The input that they were computed from.
-        scale: Factor on the losses while their gradients are taken, divided out again.
-        count: Whether the losses count in what is minimised. Where they do not, they carry no gradient, and the pass
-            is a third shorter.
-
-    Returns:
-        The losses, and the gradients with respect to x.
-
-    Raises:
-        RuntimeError: If a parameter has a hook on its gradient, which would run twice; or the losses do not depend on
-            x, or cannot be differentiated.
-    """
-    if not count:
-        grad, _ = _gradients(losses.sum() * scale, x)
-        return losses.detach(), grad
-    nodes = new_nodes([losses.grad_fn], ())
-    leaves = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad" and node.variable is not x]
-    if any(leaf._backward_hooks for leaf in leaves):
-        raise RuntimeError(
-            "FiniteDifference(one_pass=True): a parameter has a hook on its gradient (register_hook), which would run "
-            "twice. Remove it, or use one_pass=False."
-        )
-    grad, found = _gradients(losses.sum() * scale, x, leaves)
-    reached = [leaf for leaf, of_leaf in zip(leaves, found, strict=True) if of_leaf is not None]
-    grads = [of_leaf if scale == 1 else of_leaf / scale for of_leaf in found if of_leaf is not None]
-    return cast("Tensor", _CarriesGradients.apply(losses.detach(), grads, *reached)), grad
-
-
-class _CarriesGradients(torch.autograd.Function):
-    """Losses, and the gradients of their sum with respect to leaves, which are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, losses: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:
-        ctx.grads = grads
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # under create_graph=True
-            raise RuntimeError(
-                "FiniteDifference(one_pass=True): the total cannot be differentiated twice, as the graph of its first "
-                "pass is gone. Use one_pass=False."
-            )
-        factor = cotangents[0]  # the same for every loss
-        return None, None, *(grad * factor.to(grad.dtype) for grad in ctx.grads)
 
 
 def with_pull_back(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
@@ -226,3 +146,73 @@ def new_nodes(roots: Iterable[Node | None], known: Container[Node]) -> list[Node
             found[node] = None
             pending.extend(used for used, _ in node.next_functions)
     return list(found)
+
+
+class DifferentiableInput(ABC):
+    """An input, one pass through a function of it, and gradients of what comes out with respect to the input."""
+
+    @abstractmethod
+    def run(self, function: Callable[[Tensor], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """The function's values: its output, and anything else that it has to say. To be called once."""
+
+    @abstractmethod
+    def gradient(
+        self, output: Any, scores_of: Callable[[Any], Tensor], scores: Tensor, *, create_graph: bool
+    ) -> Tensor:
+        """The gradient of scores, one per sample, with respect to the input.
+
+        Args:
+            output: What :meth:`run` has returned.
+            scores_of: The scores as a function of the output.
+            scores: Their values, with a graph.
+            create_graph: Whether the result can be differentiated again.
+        """
+
+
+@final
+class EagerInput(DifferentiableInput):
+    """Autograd through a leaf: the cheaper way, which sees hooks and wrappers of the model.
+
+    Args:
+        x: The input; it is not changed, and need not require grad.
+        around: Makes, from the leaf whose gradient will be taken, what the function runs within.
+    """
+
+    def __init__(self, x: Tensor, around: Callable[[Tensor], AbstractContextManager[object]] = nullcontext) -> None:
+        self._leaf = x.detach().requires_grad_()
+        self._around = around
+
+    def run(self, function: Callable[[Tensor], tuple[Any, Any]]) -> tuple[Any, Any]:
+        with self._around(self._leaf):
+            return function(self._leaf.clone())  # a copy: a first layer may work in place, which a leaf forbids
+
+    def gradient(
+        self, output: Any, scores_of: Callable[[Any], Tensor], scores: Tensor, *, create_graph: bool
+    ) -> Tensor:
+        return input_gradient(scores, self._leaf, create_graph=create_graph)
+
+    def product(self, grad: Tensor, direction: Tensor, *, create_graph: bool) -> Tensor:
+        """The derivative of a gradient with respect to the input, times a direction: a Hessian's product with it."""
+        (found,) = torch.autograd.grad(
+            (grad * direction).sum(), self._leaf, create_graph=create_graph, retain_graph=True,
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        return found
+
+
+@final
+class TransformedInput(DifferentiableInput):
+    """``torch.func.vjp``, which works inside transforms and compiled regions, where no leaf may be made."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def run(self, function: Callable[[Tensor], tuple[Any, Any]]) -> tuple[Any, Any]:
+        output, self._pull_back, rest = torch.func.vjp(lambda z: function(z.clone()), self._x, has_aux=True)
+        return output, rest
+
+    def gradient(
+        self, output: Any, scores_of: Callable[[Any], Tensor], scores: Tensor, *, create_graph: bool
+    ) -> Tensor:
+        (grad,) = self._pull_back(torch.func.grad(lambda found: scores_of(found).sum())(output))
+        return grad

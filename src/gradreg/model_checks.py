@@ -2,15 +2,17 @@
 
 import itertools
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from gradreg import checks
-from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
+from gradreg.differentiation import Differentiation
 from gradreg.gradients import new_nodes
 from gradreg.modes import batch_norms
 from gradreg.smooth import find_nonsmooth
+from gradreg.threat_models import Linf
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
 # The models that an objective has found fit to be penalised, and has warned of.
@@ -18,7 +20,7 @@ _inspected: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" =
 _sharded: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()  # the names of their units
 
 
-def is_first_meeting(objective: nn.Module, model: object, differentiation: Differentiation) -> bool:
+def check_model(objective: nn.Module, model: object, differentiation: Differentiation) -> bool:
     """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps.
 
     Args:
@@ -44,7 +46,8 @@ def is_first_meeting(objective: nn.Module, model: object, differentiation: Diffe
         )
     first = model not in _inspected.setdefault(objective, weakref.WeakSet())
     if first:
-        _inspect(model, differentiation)
+        _refuse(model, differentiation.second_order)
+        _warn(model, differentiation.second_order)
         _inspected[objective].add(model)
         _sharded[model] = [name for name, module in model.named_modules() if is_sharded(module)]
     if stale := [name for name in _sharded[model] if is_stale(model.get_submodule(name))]:
@@ -56,71 +59,75 @@ def is_first_meeting(objective: nn.Module, model: object, differentiation: Diffe
     return first
 
 
-def is_eager(model: object) -> bool:
-    """Whether this is a module, and no part of it is compiled."""
-    return isinstance(model, nn.Module) and not any(map(is_compiled, model.modules()))
+def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> None:
+    """Raise or warn if x, radii and bounds are in different units.
+
+    Args:
+        x: The input.
+        places: Penalties and attacks, of which those count that have a ``threat`` or ``bounds``.
+        normalized: Whether the model normalises pixels of [0, 1] by itself.
+    """
+    lowest, highest = checks.finite_range(x)
+    if normalized:
+        checks.check_not_normalized_twice(lowest, highest)
+    for place in places:
+        threat, bounds = getattr(place, "threat", None), getattr(place, "bounds", None)
+        if bounds is not None:
+            low, high = (torch.as_tensor(side) for side in bounds)
+            checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())
+        if not isinstance(threat, Linf):
+            continue
+        if bounds is not None:
+            checks.check_radius(threat.eps, high - low)
+        elif lowest >= 0 and highest <= 1:
+            checks.check_radius(threat.eps, 1.0)
+        elif highest > 16 and torch.as_tensor(threat.eps).max().item() < 1:
+            checks.warn(
+                f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / 255, or "
+                "Linf(255 * eps)."
+            )
 
 
-def check_samples_are_apart(model: object) -> None:
+def check_samples_are_apart(objective: object, model: object) -> None:
     """Raise if the model gives another output for a sample when it sees a part of its batch."""
     if coupled := batch_norms(model):
         raise RuntimeError(
             f"PenalizedLoss: {len(coupled)} normalisation layers use the statistics of the batch "
-            f"({type(coupled[0]).__name__}), so that a part of the batch is another function of each sample than "
-            "the whole. Set them to evaluation mode, use GroupNorm, or leave fraction=1."
+            f"({type(coupled[0]).__name__}), so that a part of the batch is another function of each sample than the "
+            "whole. Set them to evaluation mode, use GroupNorm, or leave fraction=1."
         )
 
 
-def warn_of_fused_attention(logits: Tensor) -> None:
-    """Warn if the graph of the logits has an attention kernel: total.backward() will raise there, without a mend."""
-    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
-        checks.warn(
-            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
-            "will raise. Use differentiation=FiniteDifference(one_pass=True), which keeps it and costs less; or do "
-            "without it, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = False in a "
-            "timm model. gradreg.preflight(model, x, y) names the modules."
-        )
-
-
-def _inspect(model: nn.Module, differentiation: Differentiation) -> None:
-    """Raise or warn where modules of the model make the penalty wrong, or do less than it says."""
-    exact = isinstance(differentiation, DoubleBackward)
+def _refuse(model: nn.Module, second_order: bool) -> None:
     if any(is_static(module) for module in model.modules()):
         raise RuntimeError(
             "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
             "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
             "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
         )
-    if exact and any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
+    if second_order and any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
         raise RuntimeError(
             "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
             "again. Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every "
             "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
             "differentiation=FiniteDifference()."
         )
-    if (
-        isinstance(differentiation, FiniteDifference)
-        and differentiation.one_pass
-        and any(map(is_sharded, model.modules()))
-    ):
-        raise RuntimeError(
-            "PenalizedLoss: the parameters of a fully sharded model are not the leaves that a gradient can be taken of "
-            "in the middle of a step. Use FiniteDifference(one_pass=False)."
-        )
-    coupled = batch_norms(model)
-    if coupled:
+
+
+def _warn(model: nn.Module, second_order: bool) -> None:
+    if coupled := batch_norms(model):
         checks.warn(
             f"PenalizedLoss: {len(coupled)} normalisation layers use the statistics of the batch "
             f"({type(coupled[0]).__name__}), so that part of a sample's input gradient is the other samples'. Set them "
             "to evaluation mode, as the thesis does, or use GroupNorm; or leave it so, knowing it."
         )
-    if not exact:
+    if not second_order:
         return
     if any(is_compiled(module) for module in model.modules()):
         checks.warn(
             "PenalizedLoss: the model is compiled, and torch.compile has no double backward outside of the compiled "
             "region. Compile the whole step instead, use differentiation=FiniteDifference(), or see "
-            "gradreg.preflight(model, x, y)."
+            "gradreg.preflight(objective, model, x, y)."
         )
     flat = [site for site in find_nonsmooth(model) if site.flat]
     if flat:
@@ -128,4 +135,15 @@ def _inspect(model: nn.Module, differentiation: Differentiation) -> None:
             f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
             f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
             "collapse; train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches."
+        )
+
+
+def warn_of_fused_attention(logits: Tensor) -> None:
+    """Warn if the graph of the logits has an attention kernel: total.backward() will raise there, without a reason."""
+    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
+        checks.warn(
+            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
+            "will raise. Keep it with differentiation=FiniteDifference() or with at=NFGSM(...) instead of a penalty; "
+            "or do without it, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = "
+            "False in a timm model. gradreg.preflight(objective, model, x, y) names the modules."
         )

@@ -68,10 +68,20 @@ def frozen_statistics(model: object) -> Iterator[None]:
             module.momentum = momentum
 
 
-def batch_norms(model: object) -> list[_BatchNorm]:
-    """The layers that normalise with the statistics of the batch at hand, and so let its samples see each other."""
-    found = [module for module in _modules(model) if isinstance(module, _BatchNorm)]
-    return [module for module in found if module.training or module.running_mean is None]
+def batch_norms(model: object) -> list[nn.Module]:
+    """The layers that normalise with the statistics of the batch at hand, and so let its samples see each other.
+
+    Of other libraries: layers in training mode that keep a running statistic by its usual name (EvoNorm, say).
+    """
+    return [module for module in _modules(model) if _uses_batch(module)]
+
+
+def _uses_batch(module: nn.Module) -> bool:
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    if isinstance(module, _NormBase):  # InstanceNorm, which has the same names
+        return False
+    return module.training and any(name in module._buffers for name in ("running_mean", "running_var"))
 
 
 def dropouts(model: object) -> list[nn.Module]:

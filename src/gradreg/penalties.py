@@ -1,36 +1,83 @@
-"""Penalties: functions of an input gradient, one number per sample.
+"""Penalties: functions of a :class:`gradreg.Point`, one number per sample.
 
-A penalty knows the gradient and the input, and nothing else: no model, no labels, no weight. So it is also a quantity
-to measure, and any function of ``(grad, x)`` that returns one number per sample can stand in its place.
+``penalty(point) -> (B,)`` is all that a penalty is, so any function of a point can stand in its place. The same object
+is a quantity to measure (:func:`gradreg.statistics.measure`) and a part of an objective (:class:`gradreg.Term`).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from gradreg.edges import oriented_energy
+from gradreg.point import Point
+from gradreg.selectors import ClassSelector, sampled_class
 from gradreg.threat_models import Bounds, Box, ThreatModel, at_least_float32, check_bounds_form, room, unit
 
 EnergyFunction = Callable[..., Tensor]
 Level = Literal["sample", "batch"]
 
 
-class Penalty(nn.Module, ABC):
-    """A penalty as a module without state: what :class:`gradreg.Term` takes, beside plain functions.
+@dataclass(frozen=True)
+class Penalty(ABC):
+    """One number per sample: ``penalty(point) -> (B,)``, a frozen configuration that says which definition is meant.
 
     Attributes:
-        gradient_is_perturbation: Whether its gradient with respect to ``grad`` is a perturbation of its threat model,
-            along which :class:`gradreg.FiniteDifference` steps as it is; any other gradient is a direction alone.
+        unit: Of its values.
+        floor: What is added to a value before its logarithm is taken.
     """
 
-    gradient_is_perturbation: ClassVar[bool] = False
+    unit: ClassVar[str] = ""
+    floor: ClassVar[float] = 0.0
 
     @abstractmethod
-    def forward(self, grad: Float[Tensor, "B *x"], x: Float[Tensor, "B *x"]) -> Float[Tensor, "B"]:
-        """One number per sample, differentiable with respect to grad."""
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        """The values at a point of a model; they depend on the weights as far as the point's gradients do."""
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return repr(self)
+
+    def undefined(self, point: Point) -> Bool[Tensor, "B"] | None:
+        """The samples for which it means nothing, though it has a value; None if there are never any."""
+        return None
+
+    def seeded(self, seed: int) -> "Penalty":
+        """The penalty with random numbers from this seed, if it draws any and has no seed of its own."""
+        return self
+
+
+@final
+@dataclass(frozen=True)
+class GradientPenalty(Penalty):
+    """A penalty that is a function of the input gradient and the input alone.
+
+    Attributes:
+        function: ``function(grad, x) -> (B,)``.
+        of: What is differentiated with respect to the input: None for the loss, or a selector for the logit of a class.
+        threat: The perturbations in whose units :class:`gradreg.FiniteDifference` measures its step.
+
+    Example:
+        >>> mean_square = GradientPenalty(lambda grad, x: grad.square().flatten(1).mean(1))
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> mean_square(Point(model, x, y)).shape
+        torch.Size([5])
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    of: ClassSelector | None = None
+    threat: ThreatModel | None = None
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, point: Point) -> Tensor:
+        return self.function(point.gradient(self.of), point.x)
 
 
 def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel, *, box: Box | None = None) -> Float[Tensor, "B"]:
@@ -41,7 +88,7 @@ def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel, *, box: Box | No
 
     Args:
         grad: Gradient of the per-sample loss with respect to the input, from :func:`gradreg.input_gradient`.
-        threat: The perturbations to withstand.
+        threat: The perturbations.
         box: Lower and upper limits of each coordinate's change, ``(-x, 1 - x)`` for pixels x in [0, 1]: the rise is
             then that of perturbations which leave an image an image.
 
@@ -57,12 +104,13 @@ def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel, *, box: Box | No
 
 
 @final
+@dataclass(frozen=True, eq=False)  # bounds may be tensors, which cannot be compared so
 class GradNormPenalty(Penalty):
-    r"""The dual norm of the input gradient, :math:`\|\varepsilon g_b\|_q`: see :func:`grad_norm`.
+    r"""The dual norm of the input gradient, :math:`\|\varepsilon \nabla_{x_b} s_b\|_q`: see :func:`grad_norm`.
 
-    A weight of 1 has a meaning: loss plus penalty is then the worst loss inside the threat model, to first order. The
-    thesis weighs the loss by 0.8 and the penalty by 1.2 at :math:`\varepsilon = 4/255`. It needs a model with smooth
-    activations (:func:`gradreg.smoothify`): the input gradient of a piecewise linear model has a derivative of 0
+    Of the loss, a weight of 1 has a meaning: loss plus penalty is then the worst loss inside the threat model, to first
+    order. The thesis weighs the loss by 0.8 and the penalty by 1.2 at :math:`\varepsilon = 4/255`. It needs a model with
+    smooth activations (:func:`gradreg.smoothify`): the input gradient of a piecewise linear model has a derivative of 0
     with respect to every bias almost everywhere, and the penalty collapses (section 4.3 there).
 
     With ``bounds`` only perturbations count that leave every pixel in its range, which are all that an attack can make:
@@ -72,55 +120,56 @@ class GradNormPenalty(Penalty):
     For ``Linf(eps)`` that is :math:`\sum_i g_i^+ \min(\varepsilon, h - x_i) + g_i^- \min(\varepsilon, x_i - l)`, so
     that a pixel which is black already has nothing to pay for a slope downwards. The thesis has no bounds.
 
-    Args:
-        threat: The perturbations to withstand, in the units of the model's input.
+    As a measurement, ``GradNormPenalty(Linf(1.0))`` is the L1 norm of Table 4.1 of the thesis, ``L2(1.0)`` the
+    Euclidean norm, ``L1(1.0)`` the largest entry, per unit of pixel.
+
+    Attributes:
+        threat: The perturbations to be robust to, in the units of the model's input.
         bounds: Lowest and highest value of an input, as attacks have them: ``(0.0, 1.0)`` for pixels, tensors of shape
             ``(C, 1, 1)`` for images that a loader normalised. None: any perturbation of the threat model counts.
-
-    Shape:
-        grad ``(B, ...)``, x ``(B, ...)``, or absent where there are no bounds; result ``(B,)``.
+        of: What is differentiated: None for the loss, or a selector for the logit of a class.
 
     Raises:
         TypeError: If threat is no threat model.
-        ValueError: If bounds have one dimension; when called, if there are bounds and no x.
+        ValueError: If bounds have one dimension.
 
     Example:
         >>> from gradreg import Linf
-        >>> GradNormPenalty(Linf(eps=0.5))(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))
-        tensor([3.5000, 0.5000])
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -4.0], [0.0, 0.0]]))
+        >>> point = Point(model, torch.zeros(1, 2), torch.tensor([0]))  # whose gradient is (-1.5, 2)
+        >>> GradNormPenalty(Linf(eps=0.5))(point)
+        tensor([1.7500], grad_fn=<SumBackward1>)
 
-        A black pixel cannot get darker, and a white one no lighter:
+        A black pixel cannot get darker:
 
-        >>> black, white = torch.tensor([[0.0, 0.2]]), torch.tensor([[1.0, 0.2]])
-        >>> penalty = GradNormPenalty(Linf(eps=0.5), bounds=(0.0, 1.0))
-        >>> penalty(torch.tensor([[3.0, -4.0]]), black), penalty(torch.tensor([[3.0, -4.0]]), white)
-        (tensor([2.3000]), tensor([0.8000]))
+        >>> GradNormPenalty(Linf(eps=0.5), bounds=(0.0, 1.0))(point)
+        tensor([1.], grad_fn=<SumBackward1>)
     """
 
-    gradient_is_perturbation = True
+    unit: ClassVar[str] = "units of the loss"
 
-    def __init__(self, threat: ThreatModel, *, bounds: Bounds | None = None) -> None:
-        super().__init__()
-        if not isinstance(threat, ThreatModel):
+    threat: ThreatModel
+    bounds: Bounds | None = None
+    of: ClassSelector | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, ThreatModel):
             raise TypeError(
-                f"GradNormPenalty: expected a threat model such as Linf(4 / 255), got {type(threat).__name__}."
+                f"GradNormPenalty: expected a threat model such as Linf(4 / 255), got {type(self.threat).__name__}."
             )
-        if bounds is not None:
-            check_bounds_form(bounds)
-        self.threat = threat
-        self.bounds = bounds
+        if self.bounds is not None:
+            check_bounds_form(self.bounds)
 
-    def forward(self, grad: Float[Tensor, "B *x"], x: Float[Tensor, "B *x"] | None = None) -> Float[Tensor, "B"]:
-        """The dual norm of each sample's gradient."""
+    @property
+    def name(self) -> str:
+        return f"gradient norm in {self.threat}" + ("" if self.of is None else f" of {type(self.of).__name__}")
+
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        grad = point.gradient(self.of)
         if self.bounds is None:
             return grad_norm(grad, self.threat)
-        if x is None:
-            raise ValueError("GradNormPenalty: with bounds it depends on where x is: call penalty(grad, x).")
-        return grad_norm(grad, self.threat, box=room(at_least_float32(x), self.bounds))
-
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return repr(self.threat) if self.bounds is None else f"{self.threat!r}, bounds={self.bounds}"
+        return grad_norm(grad, self.threat, box=room(at_least_float32(point.x), self.bounds))
 
 
 def edge_alignment(
@@ -176,43 +225,52 @@ def edge_alignment(
     return 1 - (unit(grad) * unit(edges)).flatten(1).sum(1)
 
 
+_FLAT = 1e-12  # what rounding leaves of the energy of a flat image
+
+
 @final
+@dataclass(frozen=True)
 class EdgeAlignmentPenalty(Penalty):
-    r"""One minus the cosine between input gradient and edge energy: see :func:`edge_alignment`.
+    r"""One minus the cosine between an input gradient and the edge energy of the image: see :func:`edge_alignment`.
 
-    Use it on a class gradient, ``Term(EdgeAlignmentPenalty(), weight, of=sampled_class(0.5))``: on the gradient of the
-    loss the thesis reports that it did not converge.
+    By default the gradient is that of the logit of a class drawn from the model's own prediction, as in the thesis; on
+    the gradient of the loss it reports that training did not converge.
 
-    Args:
+    As a measurement it is undefined where the gradient is 0 or the image flat; as a penalty it is 1 there.
+
+    Attributes:
         sigma: Width of the edge filter in pixels, above 0.
         energy: The edge map; a module-level function, so that the penalty can be pickled.
         level: ``"sample"`` or ``"batch"``.
-
-    Shape:
-        grad and x ``(B, C, H, W)``; result ``(B,)``.
+        of: What is differentiated: a selector for the logit of a class, or None for the loss.
 
     Example:
-        >>> x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        >>> EdgeAlignmentPenalty(sigma=1.0)(torch.zeros_like(x), x)
-        tensor([1., 1.])
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 10))
+        >>> point = Point(model, torch.rand(2, 3, 16, 16), torch.tensor([3, 7]))
+        >>> values = EdgeAlignmentPenalty(sigma=1.0)(point)
+        >>> bool(((0 <= values) & (values <= 2)).all())
+        True
     """
 
-    def __init__(
-        self, sigma: float = 1.0, *, energy: EnergyFunction = oriented_energy, level: Level = "sample"
-    ) -> None:
-        super().__init__()
-        if not sigma > 0:
-            raise ValueError(f"EdgeAlignmentPenalty: sigma is a width in pixels and must be above 0, got {sigma}.")
-        if level not in ("sample", "batch"):
-            raise ValueError(f'EdgeAlignmentPenalty: level is "sample" or "batch", got {level!r}.')
-        self.sigma = sigma
-        self.energy = energy
-        self.level = level
+    sigma: float = 1.0
+    energy: EnergyFunction = oriented_energy
+    level: Level = "sample"
+    of: ClassSelector | None = sampled_class(0.5)  # noqa: RUF009  (frozen)
 
-    def forward(self, grad: Float[Tensor, "B C H W"], x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
-        """One minus the cosine for each sample."""
-        return edge_alignment(grad, x, sigma=self.sigma, energy=self.energy, level=self.level)
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise ValueError(f"EdgeAlignmentPenalty: sigma is a width in pixels and must be above 0, got {self.sigma}.")
+        if self.level not in ("sample", "batch"):
+            raise ValueError(f'EdgeAlignmentPenalty: level is "sample" or "batch", got {self.level!r}.')
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return f"sigma={self.sigma}, energy={getattr(self.energy, '__name__', self.energy)}, level={self.level!r}"
+    @property
+    def name(self) -> str:
+        return "one minus cosine of edges and gradient" + ("" if self.of is None else f" of {type(self.of).__name__}")
+
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        grad = point.gradient(self.of)
+        return edge_alignment(grad, point.x, sigma=self.sigma, energy=self.energy, level=self.level)
+
+    def undefined(self, point: Point) -> Bool[Tensor, "B"]:
+        edges = self.energy(at_least_float32(point.x), sigma=self.sigma).flatten(1)
+        return ~point.gradient(self.of).flatten(1).any(1) | (edges.abs().amax(1) < _FLAT)

@@ -100,7 +100,7 @@ def perturbations(models: Models, x: Float[Tensor, "B C H W"], y: Tensor, attack
                 taken_for = model(x_adv).argmax(1)
         _show_signed(column, x_adv - x, 1.0)
         for axis, found, label in zip(column, taken_for.tolist(), y.tolist(), strict=True):
-            axis.set_xlabel("withstands" if found == label else f"fooled: {found}, not {label}", fontsize=7)
+            axis.set_xlabel("robust" if found == label else f"fooled: {found}, not {label}", fontsize=7)
     return figure
 
 
@@ -301,7 +301,7 @@ def front(points: Mapping[str, tuple[float, Proportion]], *, xlabel: str = "cost
     """Robust accuracy against cost, with 95 % intervals; a line joins those that nothing cheaper beats.
 
     Args:
-        points: Of each method its cost, and how many samples withstand.
+        points: Of each method its cost and its robust accuracy.
         xlabel: What the cost is.
 
     Example:

@@ -96,7 +96,7 @@ class cosine_ramp(Ramp):  # noqa: N801
 class every:  # noqa: N801
     """A value at every k-th step, k times as large, and 0 at the steps between: the same on average.
 
-    The weight of a penalty that is too expensive for every step: ``every(2, 1.2)`` halves what it costs beside the
+    The weight of a penalty that is too expensive for every step: ``every(2, 1.2)`` halves what it costs on top of the
     loss. Over k steps the gradient is that of the value at every step, as far as the weights stand still meanwhile;
     ``value`` itself is taken at the steps that count.
 

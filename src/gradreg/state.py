@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Put text in the place of a file; see :func:`replacing`."""
+    """Replace a file by one with this text; see :func:`replacing`."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-r"""Threat models: the sets of perturbations that a model is to withstand.
+r"""Threat models: the sets of perturbations that a model should be robust to.
 
 A threat model is a scaled norm ball :math:`\{\delta : \|\delta / \varepsilon\|_p \le 1\}`. Everything that an
 attack or a penalty needs to know of it follows from the ball alone: the dual norm (how much a linear function can

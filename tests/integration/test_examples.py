@@ -240,8 +240,8 @@ def test_evaluate_knows_photographs_and_loses_them_to_an_attack(
     curve = RobustnessCurve.load(tmp_path / "curve.json")
     assert report.n == curve.n == 6
     assert list(report.attacks) == ["PGD-3, eps 0.05/255", "PGD-3, eps 0.5/255"]
-    assert report.clean.count == curve.accuracy(0).count >= 4  # of a tiger cat, an espresso, a moped, ...
-    assert report.worst_case.count == curve.accuracy(1 / 255).count == 0
+    assert report.clean_accuracy.count == curve.accuracy(0).count >= 4  # of a tiger cat, an espresso, a moped, ...
+    assert report.robust_accuracy.count == curve.accuracy(1 / 255).count == 0
     assert report.about["command"].startswith("python examples/evaluate.py --model tf_efficientnet_lite0")
     assert str(report) in (tmp_path / "table.md").read_text()
     assert str(report) in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_evaluate_takes_listed_images(photographs: Path, tmp_path: Path) -> None
         _evaluation(photographs, tmp_path, "--list", str(listed), "--curve", "0", "--attacks", "fgsm")
     )
     report = RobustnessReport.load(tmp_path / "report.json")
-    assert (report.n, report.clean.count) == (2, 2)
+    assert (report.n, report.clean_accuracy.count) == (2, 2)
     assert not (tmp_path / "curve.png").exists()
 
 

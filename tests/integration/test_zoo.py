@@ -140,7 +140,7 @@ def penalty_works(model: nn.Module, x: Tensor, y: Tensor) -> bool:
 
 
 class MathAttention(nn.Module):
-    """The mend for fused attention that preflight names first."""
+    """The fix for fused attention that preflight names first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class MathAttention(nn.Module):
 
 
 def unfused(model: nn.Module, finding: Finding) -> nn.Module:
-    """The mend for fused attention in timm, on the modules that the finding names."""
+    """The fix for fused attention in timm, on the modules that the finding names."""
     for name in finding.where.split(", "):
         assert model.get_submodule(name).fused_attn is True
         model.get_submodule(name).fused_attn = False
@@ -167,16 +167,16 @@ def in_train_mode(model: nn.Module) -> nn.Module:
     return model
 
 
-def mends(model: nn.Module, finding: Finding) -> Iterator[Callable[[nn.Module], nn.Module]]:
+def fixes(model: nn.Module, finding: Finding) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """What the finding says to do."""
     if "fused attention" in finding.problem:
         yield MathAttention
         if all(hasattr(model.get_submodule(name), "fused_attn") for name in finding.where.split(", ")):
             yield lambda model: unfused(model, finding)
     elif "Hardsigmoid" in finding.problem:
-        assert "smoothify" in finding.mend
+        assert "smoothify" in finding.fix
         yield smoothify
-    elif "model.train()" in finding.mend:
+    elif "model.train()" in finding.fix:
         yield in_train_mode
     else:
         assert "The model returned" in finding.problem
@@ -184,9 +184,9 @@ def mends(model: nn.Module, finding: Finding) -> Iterator[Callable[[nn.Module], 
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_the_verdict_of_preflight_is_what_happens_and_its_mends_work(member: Member, train: bool) -> None:
+def test_the_verdict_of_preflight_is_what_happens_and_its_fixes_work(member: Member, train: bool) -> None:
     x, y = member.batch()
-    for choice in (0, -1):  # where there are two mends, each of them
+    for choice in (0, -1):  # where there are two fixes, each of them
         model = member.build().train(train)
         for _ in range(4):
             report = preflight(model, x, y)
@@ -194,7 +194,7 @@ def test_the_verdict_of_preflight_is_what_happens_and_its_mends_work(member: Mem
             if report.ok:
                 break
             for error in report.errors:
-                model = list(mends(model, error))[choice](model)
+                model = list(fixes(model, error))[choice](model)
         assert report.ok
         if not any(hasattr(module, "fused_attn") for module in model.modules()):
             break

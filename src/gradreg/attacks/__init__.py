@@ -11,7 +11,7 @@ from gradreg.attacks.autoattack import AutoAttack
 from gradreg.attacks.black_box import RandomSearch, TransferAttack
 from gradreg.attacks.iterated import APGDAttack, IteratedAttack, PGDAttack, TargetedAPGDAttack
 from gradreg.attacks.search import pgd
-from gradreg.attacks.single_step import FGSM, NFGSM
+from gradreg.attacks.single_step import FGSM, NFGSM, Noise
 
 __all__ = [
     "FGSM",
@@ -20,6 +20,7 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "IteratedAttack",
+    "Noise",
     "PGDAttack",
     "RandomSearch",
     "TargetedAPGDAttack",

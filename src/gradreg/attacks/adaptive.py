@@ -9,8 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradreg import checks
-from gradreg.attacks.search import LossesAt, OutOfBounds, Search, check_attackable, check_search
+from gradreg.attacks.search import (
+    LossesAt,
+    OutOfBounds,
+    Search,
+    check_attackable,
+    check_search,
+    grad_enabled,
+    may_look,
+)
 from gradreg.threat_models import L1, Bounds, ThreatModel
 
 
@@ -58,9 +65,9 @@ def apgd(
     check_search(
         "apgd", x, steps=steps, restarts=restarts, best=best, random_start=random_start, seed=seed, index=index
     )
-    look = checks.may_look(apgd, x, validate=False)
+    look = may_look(apgd, x)
     check_attackable(x, threat, bounds, out_of_bounds, look)
-    with torch.inference_mode(False), torch.enable_grad():
+    with grad_enabled():
         search = Search(losses_at, x, threat, bounds, best=best, look=look)
         for delta in search.starts(restarts, start=start, random_start=random_start, seed=seed, index=index):
             climb(search, delta, steps)

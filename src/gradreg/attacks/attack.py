@@ -1,7 +1,7 @@
 """What an attack on a model with labels is: a frozen configuration."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from gradreg import checks, modes
-from gradreg.attacks.search import LossesAt, OutOfBounds, check_attackable
-from gradreg.criteria import Criterion, cross_entropy
-from gradreg.gradients import outside_inference_mode
+from gradreg.attacks.search import FirstSlope, LossesAt, OutOfBounds, check_attackable, may_look
+from gradreg.criteria import Criterion, cross_entropy, is_classification
+from gradreg.differentiation import InputOnly
+from gradreg.gradients import in_transform, outside_inference_mode
+from gradreg.point import Batch, Model, Point
 from gradreg.threat_models import Bounds, Eps, ThreatModel
-
-Model = Callable[[Tensor], Tensor]
+from gradreg.trees import Inputs, taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,24 @@ class Attack(ABC):
             RuntimeError: If the losses are NaN or do not depend on the input, or inside a transform.
         """
         with self._ready(model):
-            return self._perturb(model, x, outside_inference_mode(y).to(x.device), index)
+            return self._perturb(self._point(model, x, y), index)
+
+    def move(self, point: Point, *, differentiable: bool = True) -> Point:
+        """The point to which the attack moves a batch, and where a training step is then taken.
+
+        Unless it has a criterion of its own, the attack raises the loss of the point. Its passes draw the same random
+        numbers as the step's own pass.
+
+        Args:
+            point: The batch, at its clean input.
+            differentiable: Whether input gradients will be asked for there.
+        """
+        return point.moved_to(self.perturb(point), differentiable=differentiable)
+
+    def perturb(self, point: Point) -> Tensor:
+        """The perturbed inputs of a point, detached."""
+        with self._ready(point.model, warns=False):
+            return self._perturb(point, None)
 
     def check(self, x: Tensor) -> None:
         """Raise unless x is a batch that can be attacked: finite, within the bounds, eps in its units.
@@ -101,18 +119,34 @@ class Attack(ABC):
         return replace(self, threat=self.threat.scaled(factor))
 
     @abstractmethod
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        """The attack itself."""
+    def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
+        """The attack itself, on the labels and by the forward passes of a point."""
+
+    def _point(self, model: Model, x: Tensor, y: Tensor) -> Point:
+        """The batch to attack, by passes that draw random numbers of their own, as a randomised defence does."""
+        if isinstance(y, Tensor):
+            y = outside_inference_mode(y).to(x.device)
+        return Point.of(Batch(model, cross_entropy, Inputs(x), y, InputOnly()), x)
 
     @contextmanager
-    def _ready(self, model: object) -> Iterator[None]:
+    def _ready(self, model: object, *, warns: bool = True) -> Iterator[None]:
         """The model in the mode to attack it in, nothing of it moving, and grad enabled."""
-        with self._mode(model), modes.frozen_statistics(model), torch.inference_mode(False), torch.enable_grad():
+        if in_transform():  # where nothing can be switched, and copies of the buffers move
+            yield
+            return
+        with (
+            self._mode(model, warns),
+            modes.frozen_statistics(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield
 
-    def _mode(self, model: object) -> AbstractContextManager[None]:
+    def _mode(self, model: object, warns: bool) -> AbstractContextManager[None]:
         if self.mode == "eval":
             return modes.evaluating(model)
+        if not warns:
+            return nullcontext()
         norms = [module for module in modes.batch_norms(model) if module.training]
         for modules, effect in (
             (norms, "the gradient of a sample depends on the other samples of its batch"),
@@ -132,29 +166,41 @@ class LossAttack(Attack):
 
     Attributes:
         criterion: Per-sample loss ``(logits, y) -> (B,)`` to raise. Labels may be classes or probabilities wherever it
-            takes them. Default: cross-entropy.
+            takes them. Default: cross-entropy; inside an objective, the objective's own.
         targeted: Whether y are classes to reach: the loss is then lowered.
     """
 
-    criterion: Criterion = field(default=cross_entropy, kw_only=True)
+    criterion: Criterion | None = field(default=None, kw_only=True)
     targeted: bool = field(default=False, kw_only=True)
 
-    def _losses_at(self, model: Model, x: Tensor, y: Tensor) -> LossesAt:
+    def _losses_at(self, point: Point) -> LossesAt:
         """The function to ascend; looks at the labels' values once, if at all."""
-        look = checks.may_look(self, x, validate=False)
+        criterion = point.criterion if self.criterion is None else self.criterion
+        known, count = is_classification(criterion), len(point.x)
+        look, around = may_look(self, point.x), InputOnly().around(point.model, point.x)
 
         def losses_at(z: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             nonlocal look
-            logits, labels = model(z), y[rows]
-            checks.check_logits(logits)
-            checks.check_labels(logits, labels, look=look)
-            look = False
-            losses = self.criterion(logits, labels)
-            done = self._done(logits.detach(), labels)
+            with around(z):
+                logits = point.logits_at(z, rows)
+            labels = point.y if len(rows) == count else taken(point.y, rows, count)
+            if known:
+                checks.check_logits(logits)
+                checks.check_labels(logits, labels, look=look)
+                look = False
+            losses = point.loss_of(logits, labels, criterion)
+            done = self._done(logits, labels)
             losses = -losses if self.targeted else losses
             return losses if done is None else (losses, done)
 
         return losses_at
+
+    def _first_slope(self, point: Point) -> FirstSlope | None:
+        """Losses and their gradient at the input itself, if the point has them or would need the same pass for them."""
+        own = self.criterion is None and not self.targeted and self.mode == "keep" and self.out_of_bounds == "check"
+        if not own or not point.has_slope:
+            return None
+        return lambda: (point.losses.detach(), point.slope(create_graph=False).detach())
 
     def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
         """Which samples need no further search; None for an attack that searches to its end."""
@@ -162,6 +208,6 @@ class LossAttack(Attack):
 
     def _loss_name(self) -> str:
         """How a table calls the criterion; nothing for cross-entropy."""
-        if self.criterion is cross_entropy:
+        if self.criterion is None or self.criterion is cross_entropy:
             return ""
         return getattr(self.criterion, "__name__", type(self.criterion).__name__)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gradreg import checks, modes
-from gradreg.attacks.attack import Attack, Model
-from gradreg.attacks.search import check_attackable
+from gradreg.attacks.attack import Attack
+from gradreg.attacks.search import check_attackable, may_look
+from gradreg.point import Point
 from gradreg.threat_models import L1, L2, Linf
 
 _NORMS = {Linf: "Linf", L2: "L2", L1: "L1"}
@@ -84,15 +85,16 @@ class AutoAttack(Attack):
     def uses_gradients(self) -> bool:
         return self.attacks != ("square",)
 
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        look = checks.may_look(self, x, validate=False)
+    def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
+        x, y = point.x, point.y
+        look = may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         if y.ndim != 1:
             raise ValueError("AutoAttack compares classes, not class probabilities: use y.argmax(1).")
         package = _package()
         with _undisturbed(x.device), _warnings_of_its_log():
             adversary = package.AutoAttack(
-                model,
+                point.logits_at,
                 norm=_NORMS[type(self.threat)],
                 eps=float(self.threat.eps),
                 version=self.version,
@@ -101,7 +103,7 @@ class AutoAttack(Attack):
                 device=x.device,
             )
             with torch.no_grad():
-                logits = model(x)
+                logits = point.logits_at(x)
             checks.check_logits(logits)
             checks.check_labels(logits, y, look=look)
             self._fit_to_classes(adversary, logits.shape[1])

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import checks
-from gradreg.attacks.attack import Attack, Model
-from gradreg.attacks.search import Search, check_attackable, check_index
+from gradreg.attacks.attack import Attack
+from gradreg.attacks.search import Search, check_attackable, check_index, may_look
 from gradreg.criteria import margin
-from gradreg.gradients import outside_inference_mode
 from gradreg.noise import generator_of
+from gradreg.point import Point
 from gradreg.threat_models import ThreatModel
 
 
@@ -58,13 +58,14 @@ class RandomSearch(Attack):
     def uses_gradients(self) -> bool:
         return False
 
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+    def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
+        x, y = point.x, point.y
         check_index("RandomSearch", x, self.seed, index)
-        look = checks.may_look(self, x, validate=False)
+        look = may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
 
         def losses_at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            logits, labels = model(z), y[rows]
+            logits, labels = point.logits_at(z, rows), y[rows]
             checks.check_logits(logits)
             checks.check_labels(logits, labels, look=look)
             losses = margin(logits, labels)
@@ -158,6 +159,6 @@ class TransferAttack(Attack):
     def scaled(self, factor: float | Tensor) -> "Attack":
         return TransferAttack(self.attack.scaled(factor), self.surrogate)
 
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+    def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         seeded = getattr(self.attack, "seed", None) is not None
-        return self.attack(self.surrogate, outside_inference_mode(x), y, index=index if seeded else None)
+        return self.attack(self.surrogate, point.x, point.y, index=index if seeded else None)

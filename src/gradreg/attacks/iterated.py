@@ -2,18 +2,18 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from gradreg import checks
-from gradreg.attacks.adaptive import Ascent, Halving, apgd, climb
-from gradreg.attacks.attack import Attack, LossAttack, Model
-from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, pgd
+from gradreg.attacks.adaptive import Ascent, Halving, climb
+from gradreg.attacks.attack import Attack, LossAttack
+from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, check_search, may_look
 from gradreg.criteria import targeted_dlr
-from gradreg.gradients import outside_inference_mode
 from gradreg.noise import noise_for
+from gradreg.point import Model, Point
 from gradreg.threat_models import Eps, rows_of, times
 
 
@@ -52,7 +52,7 @@ class IteratedAttack(LossAttack):
             start: Perturbations to start at, in the place of the first random start.
         """
         with self._ready(model):
-            return self._perturb(model, x, outside_inference_mode(y).to(x.device), index, start)
+            return self._perturb(self._point(model, x, y), index, start)
 
     def for_evaluation(self, seed: int) -> "IteratedAttack":
         """The same search, in which fooled samples leave and the last point is scored by the evaluation alone."""
@@ -73,26 +73,26 @@ class IteratedAttack(LossAttack):
         reached = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         return reached if self.targeted else ~reached
 
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None, start: Tensor | None = None) -> Tensor:
-        return self._ascend(self._losses_at(model, x, y), x, index, start)
-
-    def _options(self, index: Tensor | None, start: Tensor | None) -> dict[str, Any]:
-        """What :func:`pgd` and :func:`apgd` both take."""
-        return {
-            "steps": self.steps,
-            "random_start": self.random_start,
-            "start": start,
-            "restarts": self.restarts,
-            "best": self.best,
-            "bounds": self.bounds,
-            "out_of_bounds": self.out_of_bounds,
-            "seed": self.seed,
-            "index": index,
-        }
+    def _perturb(self, point: Point, index: Tensor | None, start: Tensor | None = None) -> Tensor:
+        name, x = type(self).__name__, point.x
+        check_search(
+            name, x, steps=self.steps, restarts=self.restarts, best=self.best, random_start=self.random_start,
+            seed=self.seed, index=index,
+        )  # fmt: skip
+        look = may_look(self, x)
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
+        at_x = start is None and not self.random_start and not self.early_stop
+        first = self._first_slope(point) if at_x else None
+        search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look, first=first)
+        for delta in search.starts(
+            self.restarts, start=start, random_start=self.random_start, seed=self.seed, index=index
+        ):
+            self._run(search, delta)
+        return search.result()
 
     @abstractmethod
-    def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:
-        """The search itself."""
+    def _run(self, search: Search, start: Tensor) -> None:
+        """The steps from one start."""
 
 
 @final
@@ -125,8 +125,9 @@ class PGDAttack(IteratedAttack):
         step_size = None if self.step_size is None else times(self.step_size, factor)
         return replace(self, threat=self.threat.scaled(factor), step_size=step_size)
 
-    def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:
-        return pgd(losses_at, x, self.threat, step_size=self.step_size, **self._options(index, start))
+    def _run(self, search: Search, start: Tensor) -> None:
+        step_size = self.threat.eps * (2.5 / self.steps) if self.step_size is None else self.step_size
+        search.run(start, self.steps, step_size)
 
 
 @final
@@ -151,8 +152,8 @@ class APGDAttack(IteratedAttack):
     def name(self) -> str:
         return f"APGD-{self._loss_name() or 'CE'}".replace("-dlr", "-DLR")
 
-    def _ascend(self, losses_at: LossesAt, x: Tensor, index: Tensor | None, start: Tensor | None) -> Tensor:
-        return apgd(losses_at, x, self.threat, **self._options(index, start))
+    def _run(self, search: Search, start: Tensor) -> None:
+        climb(search, start, self.steps)
 
 
 @final
@@ -199,48 +200,51 @@ class TargetedAPGDAttack(Attack):
     def name(self) -> str:
         return "APGD-T (halving)" if self.halving else "APGD-T"
 
-    def _perturb(self, model: Model, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+    def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
+        x, y = point.x, point.y
         check_index("TargetedAPGDAttack", x, self.seed, index)
-        look = checks.may_look(self, x, validate=False)
+        look = may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         with torch.no_grad():
-            logits = model(outside_inference_mode(x).clone())
+            logits = point.logits_at(x.clone())
         checks.check_logits(logits)
         checks.check_labels(logits, y, look=look)
         targeted_dlr(logits, y, y)  # says what it needs
         others = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(1, descending=True)
         targets = others[:, : min(self.targets, logits.shape[1] - 1)]
         if self.halving:
-            return self._side_by_side(model, x, y, targets, index, look)
-        search = Search(_towards(model, y, targets[:, 0]), x, self.threat, self.bounds, best=True, look=look)
+            return self._side_by_side(point, targets, index, look)
+        search = Search(_towards(point, y, targets[:, 0]), x, self.threat, self.bounds, best=True, look=look)
         for rank in range(targets.shape[1]):
             if not search.active.numel():
                 break
-            search.losses_at = _towards(model, y, targets[:, rank])
+            search.losses_at = _towards(point, y, targets[:, rank])
             start = noise_for(search.x, self.threat, self.seed, index, rank, search.active)
             climb(search, start, self.steps)
         return search.result()
 
     def _side_by_side(
-        self, model: Model, x: Tensor, y: Tensor, targets: Tensor, index: Tensor | None, look: bool
+        self, point: Point, targets: Tensor, index: Tensor | None, look: bool
     ) -> Tensor:
         """Groups of samples, as many lanes together as the batch has samples: one lane for each target of a sample."""
+        x = point.x
         group = max(1, x.shape[0] // targets.shape[1])
         index = torch.arange(x.shape[0]) if index is None and self.seed is not None else index
-        parts = [self._race(model, x, y, targets, rows, index, look) for rows in torch.arange(len(x)).split(group)]
+        parts = [self._race(point, targets, rows, index, look) for rows in torch.arange(len(x)).split(group)]
         return torch.cat(parts)
 
     def _race(
-        self, model: Model, x: Tensor, y: Tensor, targets: Tensor, rows: Tensor, index: Tensor | None, look: bool
+        self, point: Point, targets: Tensor, rows: Tensor, index: Tensor | None, look: bool
     ) -> Tensor:
         """The samples ``rows``: all of their targets at once, the less promising half dropped at checkpoints."""
+        x, y = point.x, point.y
         lanes = targets.shape[1]
         of_lane = rows.to(x.device).repeat_interleave(lanes)
         threat = self.threat.rows(of_lane, x)
         bounds = None
         if self.bounds is not None:
             bounds = rows_of(self.bounds[0], of_lane, x), rows_of(self.bounds[1], of_lane, x)
-        losses_at = _towards(model, y[of_lane], targets[rows.to(x.device)].flatten())
+        losses_at = _towards(point, y[of_lane], targets[rows.to(x.device)].flatten())
         search = Search(losses_at, x[of_lane], threat, bounds, best=True, look=look)
         every = torch.arange(len(rows), device=x.device)
         of_rows = None if index is None else index[rows.to(index.device)]
@@ -265,11 +269,11 @@ class TargetedAPGDAttack(Attack):
         return search.result()[score.argmax(1) + lanes * every]
 
 
-def _towards(model: Model, y: Tensor, target: Tensor) -> LossesAt:
+def _towards(point: Point, y: Tensor, target: Tensor) -> LossesAt:
     """The targeted difference of logits ratio of some samples, and whether each is misclassified."""
 
     def losses_at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(z)
+        logits = point.logits_at(z)
         return targeted_dlr(logits, y[rows], target[rows]), logits.detach().argmax(1) != y[rows]
 
     return losses_at

@@ -1,6 +1,7 @@
 """Projected gradient ascent for a function of perturbed inputs, whatever that function is."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gradreg import checks
 from gradreg.gradients import check_scores, in_transform, outside_inference_mode
 from gradreg.noise import noise_for
+from gradreg.point import differentiable_input
 from gradreg.threat_models import (
     Bounds,
     Eps,
@@ -23,6 +25,7 @@ from gradreg.threat_models import (
 )
 
 LossesAt = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+FirstSlope = Callable[[], tuple[Tensor, Tensor]]
 OutOfBounds = Literal["check", "clamp"]
 
 
@@ -79,7 +82,8 @@ def pgd(
         ValueError: If an argument is out of its range, x is not finite or outside of its bounds, or losses have a wrong
             shape.
         TypeError: If x is in half precision, where pixels are further apart than the steps of an attack.
-        RuntimeError: If the losses are NaN or do not depend on the input, or inside a transform or compiled region.
+        RuntimeError: If the losses are NaN or do not depend on the input; or if samples may leave inside a transform or
+            compiled region, where values are not known.
 
     Example:
         A linear loss rises most in a corner of the ball:
@@ -90,9 +94,9 @@ def pgd(
         tensor([[0.6000, 0.4000]])
     """
     check_search("pgd", x, steps=steps, restarts=restarts, best=best, random_start=random_start, seed=seed, index=index)
-    look = checks.may_look(pgd, x, validate=False)
+    look = may_look(pgd, x)
     check_attackable(x, threat, bounds, out_of_bounds, look)
-    with torch.inference_mode(False), torch.enable_grad():
+    with grad_enabled():
         search = Search(losses_at, x, threat, bounds, best=best, look=look)
         step_size = threat.eps * (2.5 / steps) if step_size is None else step_size
         for delta in search.starts(restarts, start=start, random_start=random_start, seed=seed, index=index):
@@ -110,6 +114,7 @@ class Search:
         bounds: Lowest and highest value of an input, both as numbers or both as tensors.
         best: Whether the highest point of all is to be returned, or the last one.
         look: Whether the values of the next gradient may be looked at.
+        first: Losses and gradient at the clean batch, if they are known, for a start there.
         active: The samples still in play; what has one row for each of them is said to be of the active samples.
         delta: Every sample's perturbation to return.
         highest: Every sample's loss there, as far as ``best`` needs it.
@@ -118,7 +123,15 @@ class Search:
     """
 
     def __init__(
-        self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, *, best: bool, look: bool
+        self,
+        losses_at: LossesAt,
+        x: Tensor,
+        threat: ThreatModel,
+        bounds: Bounds | None,
+        *,
+        best: bool,
+        look: bool,
+        first: FirstSlope | None = None,
     ) -> None:
         self.x = outside_inference_mode(x).detach()
         self.losses_at = losses_at
@@ -126,6 +139,7 @@ class Search:
         self.bounds = None if bounds is None else bounds_like(bounds, self.x)
         self.best = best
         self.look = look
+        self.first = first
         self.active = torch.arange(x.shape[0], device=x.device)
         self.delta = torch.zeros_like(self.x)
         self.highest = self.x.new_full(x.shape[:1], -torch.inf)
@@ -172,18 +186,24 @@ class Search:
 
         The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
         """
-        leaf = self._point(delta).requires_grad_()
-        losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place
-        if not losses.requires_grad:
-            raise RuntimeError(
-                "The losses do not depend on the input. The model detaches it, or runs its forward under "
-                "torch.no_grad()."
-            )
-        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        if self.first is None:
+            losses, done, grad = self._differentiated(self._point(delta))
+        else:
+            (losses, grad), done, self.first = self.first(), None, None
         if self.look:
             self._check_ascent(losses.detach(), grad)
             self.look = False
         return losses.detach(), done, grad
+
+    def _differentiated(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        here = differentiable_input(z)
+        losses, done = here.run(self._losses)
+        if not (in_transform() or losses.requires_grad):
+            raise RuntimeError(
+                "The losses do not depend on the input. The model detaches it, or runs its forward under "
+                "torch.no_grad()."
+            )
+        return losses, done, here.gradient(losses, lambda found: found, losses, create_graph=False).detach()
 
     def step(self, delta: Tensor, grad: Tensor, stride: ThreatModel) -> Tensor:
         """The active samples' next perturbations: further up by the ascent of ``stride``."""
@@ -263,8 +283,15 @@ class Search:
                 f"done says of each sample whether it leaves, bool of shape {tuple(losses.shape)}; got "
                 f"{done.dtype} of shape {tuple(done.shape)}."
             )
-        # Asked once: on a GPU the answer has to be waited for.
-        return losses, done if done is not None and bool(done.any()) else None
+        if done is None:
+            return losses, None
+        if in_transform():
+            raise RuntimeError(
+                "Whether a sample leaves an attack depends on its value, which is not known inside a torch.func "
+                "transform or a compiled region: use early_stop=False there."
+            )
+        # Asked once: on a GPU the answer takes until all work before it is done.
+        return losses, done if bool(done.any()) else None
 
     def _check_ascent(self, losses: Tensor, grad: Tensor) -> None:
         if bool(losses.isnan().any()):
@@ -278,6 +305,21 @@ class Search:
                 "saturated (ascend a margin of logits instead of cross-entropy), or something before the first layer "
                 "has no slope (rounding, quantising: give it a straight-through gradient)."
             )
+
+
+def may_look(owner: object, x: Tensor) -> bool:
+    """Whether an attack may look at values."""
+    return not in_transform() and checks.may_look(owner, x, validate=False)
+
+
+@contextmanager
+def grad_enabled() -> Iterator[None]:
+    """Gradients inside, whatever the caller has disabled."""
+    if in_transform():  # where they are there
+        yield
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def check_search(
@@ -314,11 +356,6 @@ def check_attackable(
     x: Tensor, threat: ThreatModel, bounds: Bounds | None, out_of_bounds: OutOfBounds, look: bool
 ) -> None:
     """Raise unless x can be attacked within its bounds."""
-    if in_transform():
-        raise RuntimeError(
-            "An attack runs autograd by itself and cannot run inside a torch.func transform or a compiled region: "
-            "attack first, then call the transformed function on x_adv."
-        )
     checks.check_input(x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(

@@ -58,7 +58,7 @@ class RobustnessCurve:
         return len(self.samples)
 
     def accuracy(self, eps: float) -> Proportion:
-        """How many samples withstand every perturbation tried up to a radius; 0 for clean accuracy."""
+        """How many samples stay correct under every perturbation tried up to a radius; at 0, the clean accuracy."""
         return Proportion(sum(distance > eps for distance in self.distances), self.n)
 
     def __str__(self) -> str:
@@ -142,7 +142,7 @@ def accuracy_curve(
 
     def search(hunt: "_Hunt") -> Tensor:
         grid = torch.tensor(radii, dtype=torch.float64, device=hunt.x.device)
-        low = torch.zeros(len(hunt.x), dtype=torch.long, device=grid.device)  # this many radii are withstood
+        low = torch.zeros(len(hunt.x), dtype=torch.long, device=grid.device)  # the sample is robust at so many radii
         high = torch.full_like(low, len(grid))  # the sample is fooled at the radius of this number
         distances = torch.full_like(low, torch.inf, dtype=torch.float64)
         while bool((low < high).any()):
@@ -174,9 +174,9 @@ def minimal_distortion(
     """For every sample, the size of the smallest perturbation that an attack finds, by doubling and bisection.
 
     The radius begins at the attack's own eps and is doubled until the sample is fooled; then the interval between the
-    largest radius that was withstood and the smallest perturbation that fools is halved. What is returned is the size
-    of that perturbation, not the radius it was searched in. This is how Fig. 4.1 of Rodríguez Muñoz, "Adversarial
-    robustness without perturbations" (MIT 2024), was drawn, with ``PGDAttack(Linf(2 / 255), steps=100,
+    largest radius at which the attack failed and the smallest perturbation that fools is halved. What is returned is
+    the size of that perturbation, not the radius it was searched in. This is how Fig. 4.1 of Rodríguez Muñoz,
+    "Adversarial robustness without perturbations" (MIT 2024), was drawn, with ``PGDAttack(Linf(2 / 255), steps=100,
     step_size=0.5 / 255)``.
 
     Args:
@@ -207,7 +207,7 @@ def minimal_distortion(
         )
 
     def search(hunt: "_Hunt") -> Tensor:
-        low = torch.zeros(len(hunt.x), dtype=torch.float64, device=hunt.x.device)  # withstood
+        low = torch.zeros(len(hunt.x), dtype=torch.float64, device=hunt.x.device)  # robust so far
         high = torch.full_like(low, torch.inf)  # fooled
         for doubling in range(doublings + 1):
             if doubling and unit_of(attack) * 2 ** (doubling - 1) >= hunt.reach:

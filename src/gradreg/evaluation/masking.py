@@ -141,7 +141,7 @@ def _zero_gradients(model: Model, x: Tensor, y: Tensor) -> Flag:
 
 
 def _small_steps(model: Model, x: Tensor, y: Tensor, threat: ThreatModel, bounds: Bounds | None) -> tuple[Flag, Tensor]:
-    """The mean loss on the way of one long attack, and which samples withstood it at every step."""
+    """The mean loss on the way of one long attack, and which samples stayed correct at every step."""
     path: list[float] = []
     withstood = torch.ones_like(y, dtype=torch.bool)
 

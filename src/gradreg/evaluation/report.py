@@ -84,7 +84,7 @@ class RobustnessReport:
         return len(self.samples)
 
     @property
-    def clean(self) -> Proportion:
+    def clean_accuracy(self) -> Proportion:
         """Accuracy without an attack."""
         return Proportion(self.verdicts["clean"].count(RIGHT), self.n)
 
@@ -94,8 +94,8 @@ class RobustnessReport:
         return self._robust_after(len(self.verdicts))
 
     @property
-    def worst_case(self) -> Proportion:
-        """Accuracy where each sample meets the attack that is worst for it: an upper bound of the robust accuracy."""
+    def robust_accuracy(self) -> Proportion:
+        """Accuracy if each sample meets the attack that is worst for it: an upper bound of the true robust accuracy."""
         return Proportion(sum(self.robust), self.n)
 
     @property
@@ -129,7 +129,7 @@ class RobustnessReport:
         return [flag for flag in self.flags if flag.raised]
 
     def compare(self, other: "RobustnessReport") -> PairedComparison:
-        """This model and another on the same samples, by the worst case.
+        """This model and another on the same samples, by robust accuracy.
 
         Raises:
             ValueError: If the reports are not about the same samples.
@@ -156,10 +156,11 @@ class RobustnessReport:
         Accuracies are those under an attack and all above it; ``alone`` is that under an attack alone, if it was run on
         every sample. Passes are forward + backward.
         """
+        clean, robust = self.clean_accuracy, self.robust_accuracy
         lines = [
             f"| n = {self.n} | accuracy % | 95 % interval | alone % | attacked | fooled | passes per sample | s |",
             "|---|--:|:-:|--:|--:|--:|--:|--:|",
-            self._row("clean", self.clean, None, self.n, self.n - self.clean.count, self.costs["clean"]),
+            self._row("clean", clean, None, self.n, self.n - clean.count, self.costs["clean"]),
         ]
         for name, result in self.attacks.items():
             row = self._row(name, result.after, result.alone, result.attacked, result.broken, self.costs[name])
@@ -167,8 +168,7 @@ class RobustnessReport:
         total = {key: sum(cost[key] for cost in self.costs.values()) for key in ("seconds", "forward", "backward")}
         if MASKING in self.costs:
             lines.append(self._row(MASKING, None, None, "", "", self.costs[MASKING]))
-        fooled = self.n - self.worst_case.count
-        lines.append(self._row("**worst case**", self.worst_case, None, self.n, fooled, total))
+        lines.append(self._row("**worst case**", robust, None, self.n, self.n - robust.count, total))
         lines += [f"\n{flag}" for flag in self.raised]
         return "\n".join(lines)
 
@@ -182,8 +182,8 @@ class RobustnessReport:
             "kind": KIND,
             "version": VERSION,
             "n": self.n,
-            "clean": numbers(self.clean),
-            "worst_case": numbers(self.worst_case),
+            "clean_accuracy": numbers(self.clean_accuracy),
+            "robust_accuracy": numbers(self.robust_accuracy),
             "attacks": {
                 name: {
                     "attacked": result.attacked,
@@ -216,7 +216,7 @@ class RobustnessReport:
         return cls(content["samples"], content["verdicts"], content["costs"], flags, content["about"])
 
     def _robust_after(self, attacks: int) -> list[bool]:
-        """Of every sample, whether it withstood the first entries of the verdicts, the clean one included."""
+        """Of every sample, whether it is right in each of the first entries of the verdicts, the clean one included."""
         rows = zip(*list(self.verdicts.values())[:attacks], strict=True)
         return [row[0] == RIGHT and WRONG not in row for row in rows]
 

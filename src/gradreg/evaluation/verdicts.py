@@ -96,7 +96,7 @@ def evaluate(
         >>> loader = [(torch.rand(8, 1, 2, 2), torch.randint(0, 3, (8,))) for _ in range(3)]
         >>> attacks = [PGDAttack(Linf(0.1), steps=5), APGDAttack(Linf(0.1), steps=10)]
         >>> report = evaluate(model, loader, attacks, progress=False)
-        >>> report.n, report.worst_case.count <= report.clean.count
+        >>> report.n, report.robust_accuracy.count <= report.clean_accuracy.count
         (24, True)
     """
     named = _named(attacks, seed)
@@ -272,8 +272,8 @@ def _named(attacks: AttackLike | Sequence[Attack] | Mapping[str, AttackLike], se
             raise ValueError(f"{taken!r} is a name of the report's own: give the attack another one.")
     for name, attack in named.items():
         if not callable(attack):
-            mend = f" Give an attack of it: APGDAttack({attack!r})." if isinstance(attack, ThreatModel) else ""
-            raise TypeError(f"The attack {name!r} is {attack!r}, which cannot be called as attack(model, x, y).{mend}")
+            fix = f" Give an attack of it: APGDAttack({attack!r})." if isinstance(attack, ThreatModel) else ""
+            raise TypeError(f"The attack {name!r} is {attack!r}, which cannot be called as attack(model, x, y).{fix}")
         if getattr(attack, "targeted", False):
             raise ValueError(
                 f"The attack {name!r} is targeted, and would move every sample towards its own label. Use "

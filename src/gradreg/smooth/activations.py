@@ -34,13 +34,13 @@ class Operation:
 
     Attributes:
         reason: What is wrong with it.
-        mend: What to do about it.
+        fix: What to do about it.
         flat: Whether its second derivative is zero almost everywhere.
         replaceable: Whether :func:`twin` puts something in its place.
     """
 
     reason: str
-    mend: str
+    fix: str
     flat: bool = False
     replaceable: bool = False
 

@@ -1,8 +1,8 @@
 """An operation on the way between two runs of a model: as a function of the place on the line from one to the other.
 
 A number goes straight. A comparison or an index is no number and has no straight way: it is made anew at each place by
-what made it. So is a number beside a choice, if it is made of what the choice is made of: ``where(x > 0, x, exp(x))``
-needs the exp(x) of the very place at which x > 0 changes.
+what made it. So is a number that is used together with a choice, if it is made of what the choice is made of:
+``where(x > 0, x, exp(x))`` needs the exp(x) of the very place at which x > 0 changes.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -25,7 +25,7 @@ from gradreg.smooth.reading import Reading, mentions, read
 _UNREADABLE = "Smoothify the model before torch.jit.trace, or look into it by find_nonsmooth(model, x)."
 _RECURRENT = 'Make it with nonlinearity="tanh".'
 _QUANTIZED = "Smoothify the model before it is prepared for quantisation."
-_OBSTRUCTED = "smoothify does not reach it: mend what keeps it from there, or put a smooth activation in by hand."
+_OBSTRUCTED = "smoothify does not reach it: fix what keeps it from there, or put a smooth activation in by hand."
 _BRANCH = "It may stay if both sides agree where they meet."
 
 
@@ -38,7 +38,7 @@ class NonSmooth:
         name: The module, as ``named_modules`` calls it; empty for the model itself.
         kind: The class of the module (``"ReLU"``), or the call in its code (``"F.relu"``).
         reason: What is wrong with it, and where :func:`smoothify` leaves it, why.
-        mend: What to do about it.
+        fix: What to do about it.
         flat: Whether its second derivative is zero almost everywhere, so that a gradient penalty cannot act through it:
             ReLU and its like, hard gates, shrinkage. Not so for an ELU or max pooling, which are smooth in between,
             for clamping, which may limit anything, nor for rounding, which has no gradient at all.
@@ -49,7 +49,7 @@ class NonSmooth:
     name: str
     kind: str
     reason: str
-    mend: str
+    fix: str
     flat: bool
     share: float | None = None
 
@@ -85,8 +85,8 @@ def find_nonsmooth(model: nn.Module, x: Tensor | None = None) -> tuple[NonSmooth
 
     * A module that runs other operations for x plus noise is named as a branch. The rest of its operations cannot be
       tried, so that what its code names has no share; the modules that it calls in both runs are tried.
-    * A step beside a straight-through gradient is listed, for the values do jump. Its reason says that no gradient
-      passes through it, and its mend that it may stay.
+    * A step with a straight-through gradient is listed, because its values do jump. Its reason says that no gradient
+      passes through it, and its fix that it may stay.
     * The copies run in double precision; a model that cannot runs as it is.
     * The cost is that of up to five forward passes, and of 33 calls of every operation that is not known to be smooth.
       It grows with the batch: give a few inputs (``x[:16]``) rather than thousands.
@@ -175,7 +175,7 @@ def root_sites(model: nn.Module) -> Iterator[Site]:
 def _module_sites(module: nn.Module, name: str, owner: nn.Module, key: str) -> Iterator[Site]:
     operation, described = _describe(module)
     if described is not None:
-        found = NonSmooth(name, type(module).__name__, described.reason, described.mend, described.flat)
+        found = NonSmooth(name, type(module).__name__, described.reason, described.fix, described.flat)
         yield Site(found, operation, owner, key, "attribute" if described.replaceable else None)
 
 
@@ -208,8 +208,8 @@ def _attribute_sites(owner: nn.Module, name: str, registered: Container[nn.Modul
         where: Literal["attribute"] | None = "attribute" if operation else None
         for mentioned in [operation] if operation else sorted(mentions(owner.activation)):
             if (described := OPERATIONS[mentioned]).replaceable:
-                mend = described.mend if where else _OBSTRUCTED
-                found = NonSmooth(_join(name, "activation"), f"F.{mentioned}", described.reason, mend, described.flat)
+                fix = described.fix if where else _OBSTRUCTED
+                found = NonSmooth(_join(name, "activation"), f"F.{mentioned}", described.reason, fix, described.flat)
                 yield Site(found, mentioned, owner, "activation", where)
 
 
@@ -251,9 +251,9 @@ def _method_sites(owner: nn.Module, name: str, method: str, reading: Reading) ->
                 continue
             obstacle = _obstacle(owner, method, reading)
         reason = f"{described.reason}; {obstacle}" if obstacle else described.reason
-        mend = _OBSTRUCTED if obstacle else described.mend
+        fix = _OBSTRUCTED if obstacle else described.fix
         where: Literal["method"] | None = "method" if described.replaceable and not obstacle else None
-        found = NonSmooth(name, _kind(operation), reason, mend, described.flat)
+        found = NonSmooth(name, _kind(operation), reason, fix, described.flat)
         yield Site(found, operation, owner, method, where, reading.untraced)
     if reading.scripted:
         reason = "compiled by torch.jit: what it computes cannot be read or replaced"
@@ -291,7 +291,7 @@ def _measured(model: nn.Module, surveyed: Iterable[Site], tried: Iterable[Tried]
         own = [trial for trial in tried if _is_of(trial, site, names)]
         unread = [trial for trial in unread if trial not in own]
         flat = site.found.flat or (site.operation != "softsign" and any(map(_is_flat, own)))
-        if site.found.mend == _UNREADABLE:  # it takes no hooks: what it runs is named after the module around it
+        if site.found.fix == _UNREADABLE:  # it takes no hooks: what it runs is named after the module around it
             yield site.found
         elif own:
             share = max((trial.share for trial in own if trial.share is not None), default=None)
@@ -324,10 +324,10 @@ def _unread(trial: Tried) -> NonSmooth:
     order = trial.order or 0
     jump = Operation(f"its {_JUMPS[order] if trial.exact else _UNSURE}", BY_HAND if order else OFF_THE_WAY)
     known = OPERATIONS.get(trial.operation, jump)
-    mend = _OBSTRUCTED if known.replaceable else known.mend
-    found = NonSmooth(trial.name, f"aten.{trial.operation}", known.reason, mend, _is_flat(trial), trial.share)
+    fix = _OBSTRUCTED if known.replaceable else known.fix
+    found = NonSmooth(trial.name, f"aten.{trial.operation}", known.reason, fix, _is_flat(trial), trial.share)
     return _detached(found) if trial.detached else found
 
 
 def _detached(found: NonSmooth) -> NonSmooth:
-    return dataclasses.replace(found, reason=f"{found.reason}; no gradient passes through it", mend=_DETACHED)
+    return dataclasses.replace(found, reason=f"{found.reason}; no gradient passes through it", fix=_DETACHED)

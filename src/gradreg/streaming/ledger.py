@@ -72,7 +72,7 @@ def stream(
     Args:
         loader: Batches ``(x, y)``, the same ones in the same order in every process.
         work: What to find out about a batch: a record that JSON can hold.
-        about: What the records depend on beside the data; a state file of anything else is refused.
+        about: What the records depend on apart from the data; a state file of anything else is refused.
         state: File to resume from and to write to, or None.
         device: Where the batches go.
         progress: Whether to show a bar.
@@ -245,7 +245,7 @@ class Ledger:
         self._added.clear()
 
     def summary(self) -> str:
-        """What the bar says beside the time left."""
+        """What the bar says in addition to the time left."""
         counts = [record["summary"] for record in self.records.values() if "summary" in record]
         good, n = sum(count for count, _ in counts), sum(n for _, n in counts)
         return f"{100 * good / n:.1f} % of {n}" if n else ""

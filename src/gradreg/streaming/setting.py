@@ -79,7 +79,7 @@ def work_through(
     progress: bool,
     title: str,
 ) -> tuple[list[Record], dict[str, str]]:
-    """What ``work`` finds in every batch, and all that it depends on beside the data.
+    """What ``work`` finds in every batch, and all that it depends on apart from the data.
 
     Args:
         model: The model; ``work`` gets it counted and in evaluation mode.

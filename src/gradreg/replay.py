@@ -1,0 +1,286 @@
+"""A second forward pass that is the same function as the first: its random numbers, buffers and other state.
+
+A finite difference, an attack inside a step or a penalty of two points runs a model more than once in one step. The
+passes must be one function of the input, and leave behind what one pass leaves. Two things stand in the way. A pass
+draws random numbers (dropout, stochastic depth, masks), from PyTorch's generators, from ``random``, from NumPy, or from
+generators that a module holds. And it moves what modules keep: the vectors of ``spectral_norm``, codebooks, recurrent
+state, temperatures that fall. :class:`Replay` records both before the first pass and gives them to every other one.
+"""
+
+import copy
+import random
+import sys
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast, final
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gradreg.modes import frozen_statistics, random_state, set_random_state
+from gradreg.trees import Inputs
+from gradreg.wrappers import is_sharded
+
+_INTERNAL = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, hooks, flags
+_PLACES = ("_buffers", "_parameters")
+
+Kept = dict[str, dict[str, Any]]  # by place: attributes under the empty name, buffers, parameters
+
+
+class Replay(ABC):
+    """The passes of one model over one batch, all of which are to be the same function.
+
+    Attributes:
+        model: The model: a module or a function. Of a function only the random numbers are known.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self._drawn_from: dict[str, tuple[Any, ...]] = {}
+
+    @abstractmethod
+    def of_part(self) -> "Replay":
+        """For passes over a part of the batch, which draw other numbers but find the same modules."""
+
+    @abstractmethod
+    def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
+        """The model's output at z, and the buffers that the pass has moved, as far as they wait to be taken over.
+
+        Args:
+            inputs: What the model is given, z in its place.
+            z: The input.
+            counts: Whether this is the step's own pass, which may move what modules keep.
+        """
+
+    def take_over(self, buffers: dict[str, Tensor]) -> None:
+        """Give the model the buffers that a pass has moved."""
+        return
+
+    @contextmanager
+    def drawing(self, stage: str) -> Iterator[None]:
+        """The first block of a stage draws random numbers as ever. Any later one draws the same, and leaves none."""
+        start = self._drawn_from.get(stage)
+        if start is None:
+            self._drawn_from[stage] = _random_states(self.device)
+            yield
+            return
+        now = _random_states(self.device)
+        try:
+            _set_random_states(start, self.device)
+            yield
+        finally:
+            _set_random_states(now, self.device)
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether random numbers were drawn since the first stage began, as far as that can be told."""
+        if not self._drawn_from:
+            return False
+        return not _equal(next(iter(self._drawn_from.values())), _random_states(self.device))
+
+
+@final
+class EagerReplay(Replay):
+    """For passes under autograd: any module keeps what it had, and all generators are known."""
+
+    def __init__(
+        self, model: Callable[..., Any], device: torch.device, *, modules: "ModuleState | None" = None
+    ) -> None:
+        super().__init__(model, device)
+        self._modules = modules or ModuleState(model)
+
+    def of_part(self) -> "EagerReplay":
+        return EagerReplay(self.model, self.device, modules=self._modules)
+
+    def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
+        with self.drawing("model"):
+            if counts:
+                return inputs.given_to(self.model, z), {}
+            with frozen_statistics(self.model), self._modules.copied():
+                return inputs.given_to(self.model, z), {}
+
+
+@final
+class TransformedReplay(Replay):
+    """For passes inside ``torch.func`` transforms and compiled regions.
+
+    A transformed function may not change a tensor that it captured, as BatchNorm changes its running statistics. So
+    every pass gets copies of the buffers, and those of the step's own pass are taken over when the transform is done.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], device: torch.device, *, buffers: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(model, device)
+        self._buffers = _moving_buffers(model) if buffers is None else buffers
+
+    def of_part(self) -> "TransformedReplay":
+        return TransformedReplay(self.model, self.device, buffers=self._buffers)
+
+    def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
+        copies = {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            if not copies:
+                return self.model(*args, **kwargs)
+            return torch.func.functional_call(cast("nn.Module", self.model), copies, args, kwargs)
+
+        with self.drawing("model"):
+            if counts:
+                return inputs.given_to(model, z), copies
+            return without_random_numbers(lambda z: inputs.given_to(model, z), z), {}
+
+    @contextmanager
+    def drawing(self, stage: str) -> Iterator[None]:
+        if torch.compiler.is_compiling():  # which has no generators to set back: see without_random_numbers
+            yield
+        else:
+            with super().drawing(stage):
+                yield
+
+    def take_over(self, buffers: dict[str, Tensor]) -> None:
+        for name, buffer in buffers.items():
+            cast("nn.Module", self.model).get_buffer(name).copy_(buffer)
+
+
+def without_random_numbers(function: Callable[[Any], Any], z: Any) -> Any:
+    """The function's value at z; inside a compiled region, raises where it draws random numbers.
+
+    Raises:
+        RuntimeError: If it draws some: a second pass would draw others, and be another function than the first.
+    """
+    if not torch.compiler.is_compiling():
+        return function(z)
+    try:
+        # Mapped over nothing, for the sake of the one thing that vmap can be asked to refuse.
+        return torch.func.vmap(lambda _: function(z), randomness="error", out_dims=None)(torch.zeros(1))
+    except RuntimeError as error:
+        raise RuntimeError(
+            "A compiled region cannot draw the same random numbers for two passes of one step, which a finite "
+            "difference, an attack inside the step or a loss that is differentiated by itself need. Compile the model "
+            f"instead of the step, or leave the random operations (dropout, noise) out. {error}"
+        ) from error
+
+
+def _moving_buffers(model: object) -> dict[str, Tensor]:
+    """Copies of the buffers that a forward pass may move: those of modules in training mode."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.clone()
+        for prefix, module in model.named_modules()
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+
+
+@final
+class ModuleState:
+    """What the modules of a model keep between forward passes, as it was when this object was made.
+
+    Layers of PyTorch without buffers keep nothing and are passed over; the running statistics of its normalisation
+    layers are left to :func:`gradreg.modes.frozen_statistics`, which needs no copies. Not seen is what is kept by an
+    object of another class that a module only points to.
+    """
+
+    def __init__(self, model: object) -> None:
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        # The units of a sharded model exchange its parameters themselves.
+        self._places = _PLACES[:1] if any(map(is_sharded, modules)) else _PLACES
+        memo: dict[int, Any] = {}
+        self._before = [(module, _copied(self._kept_by(module), memo)) for module in modules if _may_keep(module)]
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Inside, the modules have copies of what they kept; afterwards again the very objects that they had."""
+        # Objects are exchanged, not filled: a graph may have saved the tensors and needs them as they are now.
+        memo: dict[int, Any] = {}
+        now = [(module, self._kept_by(module)) for module, _ in self._before]
+        try:
+            for module, kept in self._before:
+                self._give(module, _copied(kept, memo))
+            yield
+        finally:
+            for module, kept in now:
+                self._give(module, kept)
+
+    def _kept_by(self, module: nn.Module) -> Kept:
+        own = vars(module)
+        attributes = {name: value for name, value in own.items() if name not in _INTERNAL}
+        return {"": attributes, **{place: dict(own[place]) for place in self._places}}
+
+    def _give(self, module: nn.Module, kept: Kept) -> None:
+        own = vars(module)
+        for name in [name for name in own if name not in _INTERNAL and name not in kept[""]]:
+            del own[name]
+        own.update(kept[""])
+        for place in self._places:
+            own[place].clear()
+            own[place].update(kept[place])
+
+
+def _may_keep(module: nn.Module) -> bool:
+    if isinstance(module, _NormBase):
+        return False
+    home = type(module).__module__
+    stateless = home.startswith(("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit."))
+    return not stateless or (bool(module._buffers) and not home.startswith("torch.jit."))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what a forward pass could change, and everything else as it is.
+
+    What two modules share, their copies share. Trained parameters are left to the optimiser.
+    """
+    if id(value) in memo:
+        return memo[id(value)][1]
+    if isinstance(value, Tensor):
+        result = value if value.requires_grad else value.detach().clone()
+        if isinstance(value, nn.Parameter) and result is not value:
+            result = nn.Parameter(result, requires_grad=False)
+    elif isinstance(value, Generator):
+        result = Generator(value.device)
+        result.set_state(value.get_state())
+    elif isinstance(value, random.Random) or type(value).__module__.partition(".")[0] == "numpy":
+        result = copy.deepcopy(value)
+    elif type(value) in (list, deque, set):
+        result = type(value)(_copied(item, memo) for item in value)
+    elif type(value) is tuple:
+        result = tuple(_copied(item, memo) for item in value)
+    elif isinstance(value, dict):
+        result = copy.copy(value)
+        result.update((key, _copied(item, memo)) for key, item in value.items())
+    else:
+        return value
+    memo[id(value)] = value, result  # the value too: while it lives nothing else has its id
+    return result
+
+
+def _random_states(device: torch.device) -> tuple[Any, ...]:
+    """Of all generators that code without a generator of its own draws from."""
+    numpy = sys.modules.get("numpy")  # not loaded, not drawn from
+    return random_state(device), random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+    of_torch, of_python, of_numpy = states
+    set_random_state(of_torch, device)
+    random.setstate(of_python)
+    if of_numpy is not None:
+        sys.modules["numpy"].random.set_state(of_numpy)
+
+
+def _equal(some: Any, others: Any) -> bool:
+    """Whether two states, nested tuples of numbers and arrays, are the same."""
+    if isinstance(some, tuple):
+        return all(map(_equal, some, others))
+    if isinstance(some, Tensor):
+        return torch.equal(some, others)
+    same = some == others
+    return same if isinstance(same, bool) else bool(same.all())

@@ -1,0 +1,110 @@
+"""Inputs, labels and outputs of any structure: tensors of a batch in tuples, lists, dictionaries and named tuples.
+
+A tensor or list belongs to the samples if its length is the size of the batch, and is then cut and joined with them.
+Anything else, the mixing weight of mixup for one, belongs to the batch as a whole.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+
+@final
+class Inputs:
+    """What a model is given, of which one tensor is perturbed.
+
+    A tuple or list is given as positional arguments, ``model(*x)``, a mapping as keyword arguments, ``model(**x)``.
+
+    Args:
+        whole: A tensor, or a tuple, list or mapping that holds one.
+        name: The key or the position of the tensor to perturb. Default: the first one of real numbers.
+
+    Attributes:
+        x: The tensor to perturb.
+
+    Raises:
+        TypeError: If there is no such tensor.
+    """
+
+    def __init__(self, whole: Any, name: str | int | None = None) -> None:
+        self._whole, self._name = whole, name
+        if isinstance(whole, Tensor):
+            self.x = whole
+            return
+        entries = dict(whole) if isinstance(whole, Mapping) else dict(enumerate(whole)) if _is_list(whole) else {}
+        if name is None:
+            real = (key for key, entry in entries.items() if isinstance(entry, Tensor) and entry.is_floating_point())
+            self._name = next(real, None)
+        found = entries.get(self._name)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"x is a {type(whole).__name__} with {list(entries)}; expected a tensor, or a tuple or mapping in which "
+                f"perturb={name!r} names one. The order of arguments is (model, x, y)."
+            )
+        self.x = found
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the model is given the tensor alone."""
+        return isinstance(self._whole, Tensor)
+
+    def given_to(self, model: Callable[..., Any], z: Tensor) -> Any:
+        """The model's output for z instead of x."""
+        if self.is_tensor:
+            return model(z)
+        if isinstance(self._whole, Mapping):
+            return model(**{**self._whole, self._name: z})
+        return model(*(z if place == self._name else entry for place, entry in enumerate(self._whole)))
+
+    def rows(self, rows: Tensor) -> "Inputs":
+        """Those of some samples."""
+        return Inputs(taken(self._whole, rows, len(self.x)), self._name)
+
+
+def taken(tree: Any, rows: Tensor, count: int) -> Any:
+    """The entries of some of ``count`` samples."""
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[rows.to(leaf.device)] if leaf.ndim and len(leaf) == count else leaf
+        return [leaf[row] for row in rows.tolist()] if len(leaf) == count else leaf
+
+    return _mapped(take, tree)
+
+
+def joined(trees: Sequence[Any], rows: Sequence[Tensor]) -> Any:
+    """The entries of all samples in their order, from those of parts of the batch."""
+    order = torch.cat(list(rows)).argsort()
+    sizes = [len(part) for part in rows]
+
+    def join(*leaves: Any) -> Any:
+        of_samples = all(leaf.ndim and len(leaf) == size for leaf, size in zip(leaves, sizes, strict=True))
+        return torch.cat(leaves)[order.to(leaves[0].device)] if of_samples else leaves[0]
+
+    return _mapped(join, *trees)
+
+
+def _mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """The tree with ``function`` applied to its tensors, and to lists without any."""
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if isinstance(tree, Mapping):
+        entries = {key: _mapped(function, tree[key], *(other[key] for other in others)) for key in tree}
+        if type(tree) is dict:
+            return entries
+        result = copy.copy(tree)
+        result.update(entries)  # type: ignore[attr-defined]
+        return result
+    if not _is_list(tree):
+        return tree
+    if type(tree) is list and not others and not any(isinstance(entry, Tensor | Mapping | tuple) for entry in tree):
+        return function(tree)
+    items = [_mapped(function, *entries) for entries in zip(tree, *others, strict=True)]
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
