@@ -10,6 +10,7 @@ import sys
 import warnings
 import weakref
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,17 +75,17 @@ def finite_range(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def check_logits(logits: object) -> None:
-    """Raise unless the model returned one tensor."""
+def check_logits(logits: object) -> Tensor:
+    """The logits; raises unless they are one tensor."""
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The model returned {type(logits).__name__}; expected one tensor of logits. Wrap the model in a module "
-            "whose forward returns them, for example `def forward(self, x): return self.model(x).logits`. (A function "
-            "would do too, but hides the model's modes and wrappers from this library.)"
+            f"The model returned {type(logits).__name__}; expected one tensor of logits. Say where they are, "
+            "PenalizedLoss(output=lambda output: output[0]), or wrap the model in a module whose forward returns them."
         )
+    return logits
 
 
-def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
+def check_labels(logits: Any, y: Any, *, look: bool) -> None:
     """Raise unless y are classes or class probabilities that fit logits of shape (B, K).
 
     Logits of any other shape belong to a task whose labels are not known here; they pass.
@@ -94,6 +95,13 @@ def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
         y: Classes of shape (B,), or probabilities of shape (B, K).
         look: Whether the labels' values may be looked at.
     """
+    check_logits(logits)
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"The criterion takes classes or class probabilities, and y is a {type(y).__name__}. A criterion of your own "
+            "takes any y, such as lambda logits, y: y[2] * cross_entropy(logits, y[0]) + (1 - y[2]) * "
+            "cross_entropy(logits, y[1]) for mixup."
+        )
     if logits.ndim != 2:
         return
     count, classes = logits.shape
@@ -112,10 +120,10 @@ def check_labels(logits: Tensor, y: Tensor, *, look: bool) -> None:
             f"Expected class probabilities as real numbers, {found}: use y.to(logits.dtype), or y.argmax(1)."
         )
     if look and y.ndim == 1 and y.dtype == torch.int64:
-        low, high = (int(side) for side in y.aminmax())
+        low, high = y.aminmax()
         if low < 0 or high >= classes:
             raise ValueError(
-                f"Labels run from {low} to {high}, but the model has {classes} classes, 0 to {classes - 1}. A sample "
+                f"Labels run from {int(low)} to {int(high)}, but the model has {classes} classes, 0 to {classes - 1}. A sample "
                 "to be ignored (label -100) has no gradient and cannot be penalised or attacked: leave it out of the "
                 "batch."
             )
@@ -167,15 +175,6 @@ def check_not_normalized_twice(lowest: float, highest: float) -> None:
         raise ValueError(
             f"The model normalises its input (gradreg.Normalize), but x lies in [{lowest:.3g}, {highest:.3g}]: it "
             "looks normalised already, or in units of 0 to 255. Pass pixels in [0, 1]."
-        )
-
-
-def check_no_graph(x: Tensor) -> None:
-    """Raise if x was computed from something that could be trained."""
-    if x.grad_fn is not None:
-        raise RuntimeError(
-            "x carries a graph, which a penalty on its gradient would cut. Make what computes x a part of the "
-            "model, or pass x.detach() if nothing before it is to be trained."
         )
 
 

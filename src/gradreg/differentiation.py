@@ -12,9 +12,9 @@ parameters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
@@ -34,8 +34,7 @@ class Differentiable(Protocol):
     """What a differentiation asks of a :class:`gradreg.Point`."""
 
     x: Tensor
-    model: Callable[..., Any]
-    requests: "Requests"
+    batch: Any  # which has the model and the requests
 
     def slope(self, of: Any, *, create_graph: bool) -> Tensor:
         """The input gradient of a score."""
@@ -48,8 +47,9 @@ class Differentiable(Protocol):
 
 
 @final
+@dataclass
 class Requests:
-    """The input gradients that were asked for in a step, and by what they are to be told apart.
+    """The input gradients that were asked for in a step.
 
     Attributes:
         unit: The threat model in whose units a step is measured, where a differentiation has none of its own.
@@ -57,10 +57,9 @@ class Requests:
         offsets: Inside a transform, what is added to each gradient so that it can be differentiated.
     """
 
-    def __init__(self, unit: ThreatModel | None = None) -> None:
-        self.unit = unit
-        self.taken: list[tuple[Differentiable, Any, Tensor]] = []
-        self.offsets: list[Tensor] = []
+    unit: ThreatModel | None = None
+    taken: list[tuple[Differentiable, Any, Tensor]] = field(default_factory=list)
+    offsets: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,12 @@ class Differentiation(ABC):
     Attributes:
         second_order: Whether it differentiates the model twice.
         constant: Whether input gradients do not depend on the weights.
+        looks_elsewhere: Whether it runs the model at other points.
     """
 
     second_order: ClassVar[bool] = False
     constant: ClassVar[bool] = False
+    looks_elsewhere: ClassVar[bool] = False
 
     @abstractmethod
     def gradient(self, point: Differentiable, of: Any) -> Tensor:
@@ -93,8 +94,9 @@ class Differentiation(ABC):
     def around(self, model: object, x: Tensor) -> Around:
         """What the model runs within, while the gradient with respect to x is to be taken."""
         # Faster first derivatives exist for a CPU; and a compiled model would be compiled once more for the mode.
-        eager = x.device.type == "cpu" and isinstance(model, nn.Module) and not any(map(is_compiled, model.modules()))
-        return FirstDerivatives if eager else nullcontext
+        if x.device.type != "cpu" or not isinstance(model, nn.Module) or any(map(is_compiled, model.modules())):
+            return nullcontext
+        return FirstDerivatives
 
 
 @final
@@ -177,6 +179,7 @@ class FiniteDifference(Differentiation):
         >>> objective = PenalizedLoss(terms={"edges": Term(EdgeAlignmentPenalty())}, differentiation=difference)
     """
 
+    looks_elsewhere: ClassVar[bool] = True
     step: float = 0.25
     threat: ThreatModel | None = None
     scheme: Literal["forward", "central"] = "forward"
@@ -190,7 +193,7 @@ class FiniteDifference(Differentiation):
             raise ValueError(f'FiniteDifference: scheme is "forward" or "central", got {self.scheme!r}.')
 
     def gradient(self, point: Differentiable, of: Any) -> Tensor:
-        requests = point.requests
+        requests = point.batch.requests
         for known, score, grad in requests.taken:
             if known is point and score == of:
                 return grad
@@ -242,7 +245,7 @@ class FiniteDifference(Differentiation):
     def _difference(self, point: Differentiable, of: Any, direction: Tensor, threat: ThreatModel) -> Tensor:
         """0, with the derivative of the score along the direction as its gradient with respect to the weights."""
         size = threat.norm(direction)
-        if batch_norms(point.model):  # a sample's score depends on all displacements, which so share one h
+        if batch_norms(point.batch.model):  # a sample's score depends on all displacements, which so share one h
             size = size.amax().expand_as(size)
         if not in_transform() and checks.may_look(self, size, validate=False) and bool(size.isinf().any()):
             raise ValueError(

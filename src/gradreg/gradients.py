@@ -1,9 +1,7 @@
 """The one derivative that everything here is built on: of per-sample scores with respect to the input."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast, final
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -53,26 +51,27 @@ def input_gradient(
             "input_gradient: the losses carry no graph. Compute them with grad enabled, outside torch.no_grad() and "
             "torch.inference_mode(), and without detach() on the way from x."
         )
-    return _gradient(losses.sum(), x, create_graph=create_graph)
-
-
-def _gradient(total: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:
     try:
-        (grad,) = torch.autograd.grad(total, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        (grad,) = torch.autograd.grad(
+            losses.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
     except RuntimeError as error:
-        fix = "gradreg.preflight(objective, model, x, y) names the module and the fix."
-        if "donated buffers" in str(error):  # a compiled model whose backward pass overwrites what it has kept
-            fix = (
-                "The model is compiled and may be differentiated only once: set "
-                "torch._functorch.config.donated_buffer = False before its first call."
-            )
-        raise RuntimeError(f"input_gradient: {error}\n{fix}") from error
+        raise RuntimeError(f"input_gradient: {error}\n{_fix_of(error)}") from error
     if grad is None:
         raise RuntimeError(
             "input_gradient: the losses do not depend on x. They must be computed from this very tensor, after "
             "x.requires_grad_(); a copy made before (x.clone(), x.to(device), mixup) is another tensor."
         )
     return grad
+
+
+def _fix_of(error: RuntimeError) -> str:
+    if "donated buffers" in str(error):  # a compiled model whose backward pass overwrites what it has kept
+        return (
+            "The model is compiled and may be differentiated only once: set "
+            "torch._functorch.config.donated_buffer = False before its first call."
+        )
+    return "gradreg.preflight(objective, model, x, y) names the module and the fix."
 
 
 def input_gradient_of(
@@ -146,73 +145,3 @@ def new_nodes(roots: Iterable[Node | None], known: Container[Node]) -> list[Node
             found[node] = None
             pending.extend(used for used, _ in node.next_functions)
     return list(found)
-
-
-class DifferentiableInput(ABC):
-    """An input, one pass through a function of it, and gradients of what comes out with respect to the input."""
-
-    @abstractmethod
-    def run(self, function: Callable[[Tensor], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """The function's values: its output, and anything else that it has to say. To be called once."""
-
-    @abstractmethod
-    def gradient(
-        self, output: Any, scores_of: Callable[[Any], Tensor], scores: Tensor, *, create_graph: bool
-    ) -> Tensor:
-        """The gradient of scores, one per sample, with respect to the input.
-
-        Args:
-            output: What :meth:`run` has returned.
-            scores_of: The scores as a function of the output.
-            scores: Their values, with a graph.
-            create_graph: Whether the result can be differentiated again.
-        """
-
-
-@final
-class EagerInput(DifferentiableInput):
-    """Autograd through a leaf: the cheaper way, which sees hooks and wrappers of the model.
-
-    Args:
-        x: The input; it is not changed, and need not require grad.
-        around: Makes, from the leaf whose gradient will be taken, what the function runs within.
-    """
-
-    def __init__(self, x: Tensor, around: Callable[[Tensor], AbstractContextManager[object]] = nullcontext) -> None:
-        self._leaf = x.detach().requires_grad_()
-        self._around = around
-
-    def run(self, function: Callable[[Tensor], tuple[Any, Any]]) -> tuple[Any, Any]:
-        with self._around(self._leaf):
-            return function(self._leaf.clone())  # a copy: a first layer may work in place, which a leaf forbids
-
-    def gradient(
-        self, output: Any, scores_of: Callable[[Any], Tensor], scores: Tensor, *, create_graph: bool
-    ) -> Tensor:
-        return input_gradient(scores, self._leaf, create_graph=create_graph)
-
-    def product(self, grad: Tensor, direction: Tensor, *, create_graph: bool) -> Tensor:
-        """The derivative of a gradient with respect to the input, times a direction: a Hessian's product with it."""
-        (found,) = torch.autograd.grad(
-            (grad * direction).sum(), self._leaf, create_graph=create_graph, retain_graph=True,
-            allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
-        return found
-
-
-@final
-class TransformedInput(DifferentiableInput):
-    """``torch.func.vjp``, which works inside transforms and compiled regions, where no leaf may be made."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._x = x
-
-    def run(self, function: Callable[[Tensor], tuple[Any, Any]]) -> tuple[Any, Any]:
-        output, self._pull_back, rest = torch.func.vjp(lambda z: function(z.clone()), self._x, has_aux=True)
-        return output, rest
-
-    def gradient(
-        self, output: Any, scores_of: Callable[[Any], Tensor], scores: Tensor, *, create_graph: bool
-    ) -> Tensor:
-        (grad,) = self._pull_back(torch.func.grad(lambda found: scores_of(found).sum())(output))
-        return grad

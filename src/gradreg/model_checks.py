@@ -3,6 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,52 +12,95 @@ from gradreg import checks
 from gradreg.differentiation import Differentiation
 from gradreg.gradients import new_nodes
 from gradreg.modes import batch_norms
+from gradreg.normalization import normalizes
 from gradreg.smooth import find_nonsmooth
 from gradreg.threat_models import Linf
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
-# The models that an objective has found fit to be penalised, and has warned of.
-_inspected: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" = weakref.WeakKeyDictionary()
-_sharded: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()  # the names of their units
+# For each objective the models that it has met, whether it has penalised them, and whether they normalise their input.
+_met: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, Meeting]]"
+_met = weakref.WeakKeyDictionary()
 
 
-def check_model(objective: nn.Module, model: object, differentiation: Differentiation) -> bool:
-    """Raise where the penalty would be wrong without an error, or train nothing; warn where it hardly helps.
+@dataclass
+class Meeting:
+    """What an objective knows of a model.
+
+    Attributes:
+        normalizes: Whether a layer of the model is :class:`gradreg.Normalize`.
+        units: The names of its sharded units.
+        penalized: Whether it has been found fit to be penalised.
+        graph_seen: Whether its graph has been looked at.
+    """
+
+    normalizes: bool
+    units: list[str]
+    penalized: bool = False
+    graph_seen: bool = False
+
+
+def check_model(objective: nn.Module, model: object, differentiation: Differentiation | None) -> Meeting | None:
+    """Raise where a penalty would be wrong without an error, or train nothing; warn where it hardly helps.
 
     Args:
         objective: Who meets the model, with the parameters that it brings.
         model: The model. Of a function nothing can be seen.
-        differentiation: How the objective differentiates its penalties.
-
-    Returns:
-        Whether this is the objective's first meeting with the model.
+        differentiation: How the objective differentiates its penalties; None if it has none at this step.
     """
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+    if differentiation is not None and (torch.is_inference_mode_enabled() or not torch.is_grad_enabled()):
         raise RuntimeError(
             "PenalizedLoss: grad is disabled, and a penalty needs it. Leave torch.no_grad() or "
             "torch.inference_mode() out, or for a validation loss call the criterion alone."
         )
     if not isinstance(model, nn.Module):
-        return False
-    trained = itertools.chain(model.parameters(), objective.parameters())
-    if not any(parameter.requires_grad for parameter in trained) and next(model.parameters(), None) is not None:
-        raise RuntimeError(
-            "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
-            "trained."
+        return None
+    met = _met.setdefault(objective, weakref.WeakKeyDictionary()).get(model)
+    if met is None:
+        units = [name for name, module in model.named_modules() if is_sharded(module)]
+        met = _met[objective][model] = Meeting(normalizes(model), units)
+    if differentiation is not None:
+        if not met.penalized:
+            _refuse(model, differentiation.second_order)
+            _warn(model, differentiation.second_order)
+            met.penalized = True
+        _check_parameters(objective, model, met.units)
+    return met
+
+
+def _check_parameters(objective: nn.Module, model: nn.Module, units: list[str]) -> None:
+    """Raise if no parameter is to be trained, or a sharded unit holds parameters of before the optimiser's step."""
+    parameter = None
+    for parameter in itertools.chain(model.parameters(), objective.parameters()):
+        if parameter.requires_grad:
+            break
+    else:
+        if parameter is not None:
+            raise RuntimeError(
+                "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
+                "trained."
+            )
+    for name in units:
+        if is_stale(model.get_submodule(name)):
+            raise RuntimeError(
+                f"PenalizedLoss: the optimiser has changed the shards of {name or 'the model'}, which still holds its "
+                "full parameters of before: the step would train stale weights. Call reshard() on every FSDPModule "
+                "between backward and the optimiser's step."
+            )
+
+
+def check_graph(met: Meeting | None, logits: object) -> None:
+    """Warn once if the graph of the logits has an attention kernel, at which total.backward() will raise."""
+    if met is None or met.graph_seen:
+        return
+    met.graph_seen = True
+    graph = logits.grad_fn if isinstance(logits, Tensor) else None
+    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([graph], ())):
+        checks.warn(
+            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
+            "will raise. Keep it with differentiation=FiniteDifference() or with at=NFGSM(...) instead of a penalty; "
+            "or do without it, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = "
+            "False in a timm model. gradreg.preflight(objective, model, x, y) names the modules."
         )
-    first = model not in _inspected.setdefault(objective, weakref.WeakSet())
-    if first:
-        _refuse(model, differentiation.second_order)
-        _warn(model, differentiation.second_order)
-        _inspected[objective].add(model)
-        _sharded[model] = [name for name, module in model.named_modules() if is_sharded(module)]
-    if stale := [name for name in _sharded[model] if is_stale(model.get_submodule(name))]:
-        raise RuntimeError(
-            f"PenalizedLoss: the optimiser has changed the shards of {stale[0] or 'the model'}, which still holds "
-            "its full parameters of before: the step would train stale weights. Call reshard() on every FSDPModule "
-            "between backward and the optimiser's step."
-        )
-    return first
 
 
 def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> None:
@@ -72,15 +116,15 @@ def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> Non
         checks.check_not_normalized_twice(lowest, highest)
     for place in places:
         threat, bounds = getattr(place, "threat", None), getattr(place, "bounds", None)
+        span: float | Tensor | None = 1.0 if lowest >= 0 and highest <= 1 else None
         if bounds is not None:
-            low, high = (torch.as_tensor(side) for side in bounds)
+            low, high = torch.as_tensor(bounds[0]), torch.as_tensor(bounds[1])
             checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())
+            span = high - low
         if not isinstance(threat, Linf):
             continue
-        if bounds is not None:
-            checks.check_radius(threat.eps, high - low)
-        elif lowest >= 0 and highest <= 1:
-            checks.check_radius(threat.eps, 1.0)
+        if span is not None:
+            checks.check_radius(threat.eps, span)
         elif highest > 16 and torch.as_tensor(threat.eps).max().item() < 1:
             checks.warn(
                 f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / 255, or "
@@ -88,7 +132,7 @@ def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> Non
             )
 
 
-def check_samples_are_apart(objective: object, model: object) -> None:
+def check_samples_are_apart(model: object) -> None:
     """Raise if the model gives another output for a sample when it sees a part of its batch."""
     if coupled := batch_norms(model):
         raise RuntimeError(
@@ -135,15 +179,4 @@ def _warn(model: nn.Module, second_order: bool) -> None:
             f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
             f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
             "collapse; train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches."
-        )
-
-
-def warn_of_fused_attention(logits: Tensor) -> None:
-    """Warn if the graph of the logits has an attention kernel: total.backward() will raise there, without a reason."""
-    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([logits.grad_fn], ())):
-        checks.warn(
-            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
-            "will raise. Keep it with differentiation=FiniteDifference() or with at=NFGSM(...) instead of a penalty; "
-            "or do without it, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = "
-            "False in a timm model. gradreg.preflight(objective, model, x, y) names the modules."
         )

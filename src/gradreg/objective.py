@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from gradreg import checks, model_checks
 from gradreg.attacks import Attack
-from gradreg.criteria import Criterion, cross_entropy
+from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import Differentiation, DoubleBackward, InputOnly, Requests
 from gradreg.gradients import in_transform
-from gradreg.normalization import normalizes
 from gradreg.point import Batch, Model, Parts, Point, replay_of
 from gradreg.schedules import Schedule
 from gradreg.trees import Inputs
@@ -157,6 +156,7 @@ class PenalizedLoss(nn.Module):
                 "Without any, pass no terms."
             )
         self.criterion = criterion
+        self._of_classes = is_classification(criterion)
         self.terms = dict(terms or {})
         # Registered, so that objective.to(device) moves what a penalty of the user's own may hold.
         self._penalties = nn.ModuleList(t.penalty for t in self.terms.values() if isinstance(t.penalty, nn.Module))
@@ -194,56 +194,70 @@ class PenalizedLoss(nn.Module):
             RuntimeError: If nothing could be trained: grad is disabled, all parameters are frozen, x carries a graph,
                 or the model is wrapped in a way that makes double backward wrong (each message names the fix).
         """
-        loss_weight = _weight_at(self.loss_weight, t, "loss_weight")
-        weights = {name: weight for name, term in self.terms.items() if (weight := term.weight_at(t)) > 0}
-        batch, penalises = self._batch_of(model, x, y, classes, list(weights)), bool(weights)
-        point = Point.of(batch, batch.inputs.x, differentiable=penalises or self.at is not None, counts=self.at is None)
-        where = point if self.at is None else self.at.move(point, differentiable=penalises)
+        loss_weight, weights = _weight_at(self.loss_weight, t, "loss_weight"), {}
+        for name, term in self.terms.items():
+            if (weight := term.weight_at(t)) > 0:
+                weights[name] = weight
+        batch, penalises = self._batch_of(model, x, y, classes, weights), bool(weights)
+        moves = self.at is not None
+        point = Point.of(batch, batch.inputs.x, differentiable=penalises or moves, counts=not moves)
+        where = self.at.move(point, differentiable=penalises) if moves else point
         where, part = self._split(where) if penalises and self.fraction < 1 else (where, where)
         loss = where.losses.mean()
 
         def compute() -> tuple[Tensor, dict[str, Tensor]]:
-            penalties = {name: self._penalty(name, part) for name in weights}
-            total = loss_weight * loss
-            for name, values in penalties.items():
-                total = total + weights[name] * values.mean()
+            total, penalties = loss_weight * loss, {}
+            for name, weight in weights.items():
+                penalties[name] = self.terms[name].penalty(part)
+                _check_penalty(name, penalties[name], part.x)
+                total = total + weight * penalties[name].mean()
             return total, penalties
 
         total, penalties = batch.differentiation.completed(compute, batch.requests)
-        if batch.first and batch.differentiation.second_order:
-            model_checks.warn_of_fused_attention(part.logits)
-        penalties = {name: values.detach() for name, values in penalties.items()}
-        return PenalizedOutput(total, loss, where.logits, penalties, where.x, point.known("logits"))
+        if penalises and self.differentiation.second_order:
+            model_checks.check_graph(batch.met, part.logits)
+        return PenalizedOutput(total, loss, where.logits, penalties, where.x, point.known.get("logits"))
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         settings = ("terms", "at", "loss_weight", "differentiation", "fraction")
         return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
 
-    def _batch_of(self, model: Model, x: Any, y: Any, classes: Tensor | None, active: list[str]) -> Batch:
+    def _batch_of(
+        self, model: Model, x: Any, y: Any, classes: Tensor | None, weights: Mapping[str, float]
+    ) -> Batch:
         """The batch, checked."""
-        inputs = Inputs(x, self.perturb)
+        inputs, look, met = Inputs(x, self.perturb), False, None
         checks.check_input(inputs.x)
-        penalties = [self.terms[name].penalty for name in active]
-        look = first = False
+        unit, repeats = None, self.at is not None or (bool(weights) and self.differentiation.looks_elsewhere)
+        places: list[object] = [self.at]
+        for name in weights:
+            places.append(penalty := self.terms[name].penalty)
+            unit = unit or getattr(penalty, "threat", None)
+            repeats |= getattr(penalty, "looks_elsewhere", True)
         if not in_transform():
-            checks.check_no_graph(inputs.x)
-            first = bool(active) and model_checks.check_model(self, model, self.differentiation)
+            if inputs.x.grad_fn is not None:
+                raise RuntimeError(
+                    "x carries a graph, which a gradient with respect to it would cut. Make what computes x a part of "
+                    "the model, or pass x.detach() if nothing before it is to be trained."
+                )
             look = checks.may_look(self, inputs.x, self.validate)
+            met = model_checks.check_model(self, model, self.differentiation if weights else None)
             if look:
-                model_checks.check_units(inputs.x, [*penalties, self.at], normalized=normalizes(model))
+                model_checks.check_units(inputs.x, places, normalized=met is not None and met.normalizes)
         return Batch(
             model,
             self.criterion,
             inputs,
             y,
-            self.differentiation if active else InputOnly(),
-            self.output,
-            self.inner_scale,
+            self.differentiation if weights else InputOnly(),
+            output=self.output,
+            of_classes=self._of_classes,
+            inner_scale=self.inner_scale,
             look=look,
-            first=first,
-            replay=replay_of(model, inputs.x),
-            requests=Requests(next((unit for p in penalties if (unit := getattr(p, "threat", None))), None)),
+            met=met,
+            replay=replay_of(model, inputs.x) if repeats or self.fraction < 1 else None,
+            requests=Requests(unit),
             classes=[] if classes is None else [(None, classes)],
         )
 
@@ -252,20 +266,11 @@ class PenalizedLoss(nn.Module):
         count = max(1, round(self.fraction * len(whole.x)))
         if count == len(whole.x):
             return whole, whole
-        model_checks.check_samples_are_apart(self, whole.model)
+        model_checks.check_samples_are_apart(whole.batch.model)
         self._check_radii(whole.x)
         rows = torch.randperm(len(whole.x), device=whole.x.device).tensor_split([count])
         parts = [whole.rows(rows[0], counts=True), whole.rows(rows[1], differentiable=False)]
         return Parts(whole, parts, rows), parts[0]
-
-    def _penalty(self, name: str, point: Point) -> Tensor:
-        values = self.terms[name].penalty(point)
-        if values.shape != point.x.shape[:1]:
-            raise ValueError(
-                f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(values.shape)}; expected one "
-                f"number per sample, ({len(point.x)},). Reduce it over all dimensions but the first."
-            )
-        return values
 
     def _check_radii(self, x: Tensor) -> None:
         for name, term in self.terms.items():
@@ -327,6 +332,14 @@ def _check_settings(
     if not isinstance(differentiation, Differentiation | None):
         raise TypeError(
             f"PenalizedLoss: differentiation is DoubleBackward() or FiniteDifference(0.25), got {differentiation!r}."
+        )
+
+
+def _check_penalty(name: str, values: Tensor, x: Tensor) -> None:
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(values.shape)}; expected one number per "
+            f"sample, ({len(x)},). Reduce it over all dimensions but the first."
         )
 
 

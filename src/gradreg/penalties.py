@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, final
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
 from gradreg.edges import oriented_energy
 from gradreg.point import Point
 from gradreg.selectors import ClassSelector, sampled_class
@@ -28,10 +29,13 @@ class Penalty(ABC):
     Attributes:
         unit: Of its values.
         floor: What is added to a value before its logarithm is taken.
+        looks_elsewhere: Whether it asks for other points. If not, an objective of such penalties alone need not record
+            the random numbers and buffers that other points would have to have.
     """
 
     unit: ClassVar[str] = ""
     floor: ClassVar[float] = 0.0
+    looks_elsewhere: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
@@ -64,9 +68,11 @@ class GradientPenalty(Penalty):
     Example:
         >>> mean_square = GradientPenalty(lambda grad, x: grad.square().flatten(1).mean(1))
         >>> model, x, y = torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])
-        >>> mean_square(Point(model, x, y)).shape
+        >>> mean_square(Point(model, cross_entropy, x, y)).shape
         torch.Size([5])
     """
+
+    looks_elsewhere: ClassVar[bool] = False
 
     function: Callable[[Tensor, Tensor], Tensor]
     of: ClassSelector | None = None
@@ -137,7 +143,7 @@ class GradNormPenalty(Penalty):
         >>> from gradreg import Linf
         >>> model = torch.nn.Linear(2, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -4.0], [0.0, 0.0]]))
-        >>> point = Point(model, torch.zeros(1, 2), torch.tensor([0]))  # whose gradient is (-1.5, 2)
+        >>> point = Point(model, cross_entropy, torch.zeros(1, 2), torch.tensor([0]))  # whose gradient is (-1.5, 2)
         >>> GradNormPenalty(Linf(eps=0.5))(point)
         tensor([1.7500], grad_fn=<SumBackward1>)
 
@@ -148,6 +154,7 @@ class GradNormPenalty(Penalty):
     """
 
     unit: ClassVar[str] = "units of the loss"
+    looks_elsewhere: ClassVar[bool] = False
 
     threat: ThreatModel
     bounds: Bounds | None = None
@@ -246,11 +253,13 @@ class EdgeAlignmentPenalty(Penalty):
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 10))
-        >>> point = Point(model, torch.rand(2, 3, 16, 16), torch.tensor([3, 7]))
+        >>> point = Point(model, cross_entropy, torch.rand(2, 3, 16, 16), torch.tensor([3, 7]))
         >>> values = EdgeAlignmentPenalty(sigma=1.0)(point)
         >>> bool(((0 <= values) & (values <= 2)).all())
         True
     """
+
+    looks_elsewhere: ClassVar[bool] = False
 
     sigma: float = 1.0
     energy: EnergyFunction = oriented_energy

@@ -11,15 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradreg import checks
 from gradreg.criteria import Criterion, cross_entropy, is_classification
-from gradreg.differentiation import Around, Differentiation, DoubleBackward, Requests
-from gradreg.gradients import (
-    DifferentiableInput,
-    EagerInput,
-    TransformedInput,
-    check_scores,
-    in_transform,
-    outside_inference_mode,
-)
+from gradreg.differentiation import Differentiation, DoubleBackward, Requests
+from gradreg.gradients import check_scores, in_transform, input_gradient
 from gradreg.replay import EagerReplay, Replay, TransformedReplay, without_random_numbers
 from gradreg.selectors import ClassSelector, class_scores
 from gradreg.threat_models import at_least_float32
@@ -41,10 +34,11 @@ class Batch:
         y: Labels, as the criterion takes them.
         differentiation: How input gradients depend on the weights.
         output: Reads the logits from what the model returns.
+        of_classes: Whether the criterion is known to take logits and labels of classes, so that these can be checked.
         inner_scale: Factor on a score while its gradient is taken.
         index: The number of every sample that its random numbers are drawn from; None for its place in the batch.
         look: Whether values may be looked at.
-        first: Whether this is the first batch of its kind, whose graph may be looked at.
+        met: What the objective that asks knows of the model; it has seen to it that all units agree. None if nobody has.
         replay: Makes every pass the same function; None for passes that draw random numbers of their own.
         requests: The input gradients that were asked for.
         classes: What each class selector has chosen, for all points; those given in advance under None.
@@ -56,24 +50,36 @@ class Batch:
     y: Any
     differentiation: Differentiation
     output: Callable[[Any], Any] | None = None
+    of_classes: bool = False
     inner_scale: float = 1.0
     index: Tensor | None = None
     look: bool = False
-    first: bool = False
+    met: Any = None
     replay: Replay | None = None
     requests: Requests = field(default_factory=Requests)
     classes: list[tuple[ClassSelector | None, Tensor]] = field(default_factory=list)
 
     def rows(self, rows: Tensor) -> "Batch":
         """Some of its samples, whose passes draw random numbers of their own."""
+        classes = []
+        for selector, chosen in self.classes:
+            classes.append((selector, chosen[rows]))
         return replace(
             self,
             inputs=self.inputs.rows(rows),
             y=taken(self.y, rows, len(self.inputs.x)),
             index=None if self.index is None else self.index[rows.to(self.index.device)],
             replay=None if self.replay is None else self.replay.of_part(),
-            classes=[(selector, chosen[rows]) for selector, chosen in self.classes],
+            classes=classes,
         )
+
+    def read(self, output: Any) -> Any:
+        """What the criterion takes of a model's output: its ``.logits`` or ``["logits"]`` if it has any, or all."""
+        if self.output is not None:
+            return self.output(output)
+        if hasattr(output, "logits"):
+            return output.logits
+        return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
 
 
 class Point:
@@ -85,20 +91,21 @@ class Point:
 
     Args:
         model: The model. A module is used in the mode it is in.
+        criterion: The loss per sample, ``criterion(logits, y) -> (B,)``.
         x: Inputs, ``(B, ...)``; or a tuple or mapping of what the model takes, in which ``perturb`` names one tensor.
         y: Labels, as the criterion takes them.
-        criterion: The loss per sample, ``criterion(logits, y) -> (B,)``.
         differentiation: How input gradients depend on the weights. Default: exactly, :class:`gradreg.DoubleBackward`.
         perturb: The key or position of the tensor to perturb; see :class:`gradreg.PenalizedLoss`.
         index: The number of every sample that its random numbers are drawn from, where they are drawn by sample.
 
     Attributes:
         x: The input, without a graph.
+        known: What has been computed so far, by name: ``"logits"``, ``"losses"`` and what :meth:`once` has kept.
 
     Example:
-        >>> from gradreg import GradNormPenalty, Linf
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
-        >>> point = Point(model, torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> from gradreg import GradNormPenalty, Linf, cross_entropy
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 3))
+        >>> point = Point(model, cross_entropy, torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1]))
         >>> penalty = GradNormPenalty(Linf(8 / 255))(point)
         >>> (point.losses.mean() + penalty.mean()).backward()
     """
@@ -106,9 +113,9 @@ class Point:
     def __init__(
         self,
         model: Model,
+        criterion: Criterion,
         x: Any,
         y: Any = None,
-        criterion: Criterion = cross_entropy,
         *,
         differentiation: Differentiation | None = None,
         perturb: str | int | None = None,
@@ -117,11 +124,12 @@ class Point:
         inputs = Inputs(x, perturb)
         checks.check_input(inputs.x)
         how = DoubleBackward() if differentiation is None else differentiation
-        replay = replay_of(model, inputs.x)
-        self._begin(Batch(model, criterion, inputs, y, how, index=index, replay=replay), inputs.x)
+        known, replay = is_classification(criterion), replay_of(model, inputs.x)
+        batch = Batch(model, criterion, inputs, y, how, of_classes=known, index=index, look=not in_transform(), replay=replay)
+        vars(self).update(vars(Point.of(batch, inputs.x)))
 
-    @classmethod
-    def of(cls, batch: Batch, x: Tensor, *, differentiable: bool = True, counts: bool = True) -> "Point":
+    @staticmethod
+    def of(batch: Batch, x: Tensor, *, differentiable: bool = True, counts: bool = True) -> "Point":
         """The point of a batch at an input.
 
         Args:
@@ -130,62 +138,33 @@ class Point:
             differentiable: Whether input gradients will be asked for.
             counts: Whether its forward pass is the step's own, which may move running statistics.
         """
-        point = cls.__new__(cls)
-        point._begin(batch, x, differentiable=differentiable, counts=counts)
+        transformed = in_transform()
+        point = object.__new__(_TransformedPoint if transformed else Point)
+        if not transformed:
+            x = x.clone() if x.is_inference() else x.detach()
+        point.x, point.batch = x, batch
+        point.differentiable, point.counts = differentiable, counts
+        point.known, point._slopes = {}, []
         return point
-
-    def _begin(self, batch: Batch, x: Tensor, *, differentiable: bool = True, counts: bool = True) -> None:
-        self.x = x if in_transform() else outside_inference_mode(x).detach()
-        self._batch = batch
-        self._differentiable = differentiable
-        self._counts = counts
-        self._known: dict[Hashable, Any] = {}
-        self._slopes: list[tuple[ScoreOf, bool, Tensor]] = []
-
-    @property
-    def model(self) -> Model:
-        """The model."""
-        return self._batch.model
-
-    @property
-    def y(self) -> Any:
-        """The labels."""
-        return self._batch.y
-
-    @property
-    def criterion(self) -> Criterion:
-        """The loss per sample."""
-        return self._batch.criterion
-
-    @property
-    def index(self) -> Tensor:
-        """The number of every sample, from which its random numbers are drawn."""
-        return torch.arange(len(self.x)) if self._batch.index is None else self._batch.index
-
-    @property
-    def has_slope(self) -> bool:
-        """Whether input gradients can be asked for."""
-        return self._differentiable
-
-    @property
-    def has_drawn(self) -> bool:
-        """Whether the passes so far have drawn random numbers; to be asked before anything else draws some."""
-        return self._batch.replay is not None and self._batch.replay.has_drawn
-
-    @property
-    def requests(self) -> Requests:
-        """The input gradients that were asked for, at this point and at others of the batch."""
-        return self._batch.requests
 
     @property
     def logits(self) -> Any:
         """The model's output, with its graph."""
-        return self.once("logits", self._run)
+        if "logits" not in self.known:
+            self.known["logits"] = self._run()
+        return self.known["logits"]
 
     @property
     def losses(self) -> Tensor:
         """The criterion's value for every sample, ``(B,)``, with its graph."""
-        return self.once("losses", lambda: self._loss_of(self.logits))
+        if "losses" not in self.known:
+            logits, batch = self.logits, self.batch
+            if batch.of_classes:
+                checks.check_labels(logits, batch.y, look=batch.look)
+            losses = self.loss_of(logits, again=not self.counts)
+            check_scores(losses, self.x)
+            self.known["losses"] = losses
+        return self.known["losses"]
 
     def score(self, of: ScoreOf = None) -> Tensor:
         """What is differentiated, one number per sample.
@@ -203,7 +182,7 @@ class Point:
         Args:
             of: None for the loss; a class selector for the logit of a class; or a function of the logits.
         """
-        return self._batch.differentiation.gradient(self, of)
+        return self.batch.differentiation.gradient(self, of)
 
     def at(self, z: Tensor, *, differentiable: bool = True) -> "Point":
         """The same samples at another input, taken as a constant: the same function at another place.
@@ -212,15 +191,15 @@ class Point:
             z: The input.
             differentiable: Whether input gradients will be asked for.
         """
-        return Point.of(self._batch, z.detach(), differentiable=differentiable, counts=False)
+        return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=False)
 
     def rows(self, rows: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
         """Some of the samples, as a batch of their own; see :meth:`of`."""
-        return Point.of(self._batch.rows(rows), self.x[rows], differentiable=differentiable, counts=counts)
+        return Point.of(self.batch.rows(rows), self.x[rows], differentiable=differentiable, counts=counts)
 
     def moved_to(self, z: Tensor, *, differentiable: bool = True) -> "Point":
         """Where the step is taken: the one point whose forward pass moves running statistics."""
-        return Point.of(self._batch, z.detach(), differentiable=differentiable)
+        return Point.of(self.batch, z.detach(), differentiable=differentiable)
 
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
         """The logits at other inputs, as a function that an attack differentiates.
@@ -229,10 +208,50 @@ class Point:
             z: Inputs of the samples.
             rows: Which samples they are; all in their order if None.
         """
-        batch = self._batch
+        batch = self.batch
         if rows is not None and len(rows) < len(self.x) and not batch.inputs.is_tensor:
             batch = batch.rows(rows)
         return Point.of(batch, z, counts=False)._call(z)[0]
+
+    def loss_of(self, logits: Any, y: Any = None, criterion: Criterion | None = None, *, again: bool = True) -> Tensor:
+        """A criterion's values, with the random numbers that it draws in all passes.
+
+        Args:
+            logits: What it takes.
+            y: Labels. Default: those of the batch.
+            criterion: The criterion. Default: that of the batch.
+            again: Whether a pass may have drawn its numbers before.
+        """
+        batch = self.batch
+        labels = batch.y if y is None else y
+        criterion = batch.criterion if criterion is None else criterion
+        if batch.replay is None:
+            return criterion(logits, labels)
+        with batch.replay.drawing("criterion"):
+            if again:
+                return without_random_numbers(lambda found: criterion(found, labels), logits)
+            return criterion(logits, labels)
+
+    def slope(self, of: ScoreOf = None, *, create_graph: bool) -> Tensor:
+        """The input gradient of a score as autograd has it: with a graph, if ``create_graph``, or without."""
+        for known, has_graph, grad in self._slopes:
+            if known == of and has_graph >= create_graph:
+                return grad
+        scale = self.batch.inner_scale
+        grad = at_least_float32(self._differentiated(of, scale, create_graph))
+        if scale != 1:
+            grad = grad / scale
+        if self.batch.look:
+            low, high = grad.detach().aminmax()
+            if low.item() == high.item() == 0:
+                checks.warn(
+                    "The input gradient of every sample is exactly 0: a penalty on it trains nothing, and an attack "
+                    "along it does nothing. Either the loss is saturated (a margin of logits is not), or something "
+                    "before the first layer has no slope (rounding, quantising, argmax: give it a straight-through "
+                    "gradient)."
+                )
+        self._slopes.append((of, create_graph, grad))
+        return grad
 
     def hessian_product(self, direction: Tensor) -> Tensor:
         """Every sample's Hessian of the loss with respect to its input, times a direction.
@@ -242,117 +261,84 @@ class Point:
         Raises:
             RuntimeError: If these are finite differences, or inside a transform.
         """
-        exact = self._batch.differentiation.second_order
-        if in_transform() or not (exact or self._batch.differentiation.constant):
+        how = self.batch.differentiation
+        if in_transform() or not (how.second_order or how.constant):
             raise RuntimeError("A Hessian needs DoubleBackward(), outside of transforms and compiled regions.")
-        point = self if exact else self.once("twice", self._differentiated_twice)
+        point = self if how.second_order else self.once("twice", self._differentiated_twice)
         grad = point.slope(create_graph=True)
         if not grad.requires_grad:  # a loss linear in x
             return torch.zeros_like(direction)
-        return point._input.product(grad, direction, create_graph=exact)
+        (product,) = torch.autograd.grad(
+            (grad * direction).sum(), point._leaf, create_graph=how.second_order, retain_graph=True,
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        return product
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
-
-    def known(self, key: Hashable) -> Any:
-        """What has been computed under a key, such as ``"logits"``; None if nothing has."""
-        return self._known.get(key)
-
-    def slope(self, of: ScoreOf = None, *, create_graph: bool) -> Tensor:
-        """The input gradient of a score as autograd has it: with a graph, if ``create_graph``, or without."""
-        for known, has_graph, grad in self._slopes:
-            if known == of and has_graph >= create_graph:
-                return grad
-        scale = self._batch.inner_scale
-        scores, scores_of = self.score(of), self._score_of(of)
-        grad = self._input.gradient(
-            self.logits,
-            lambda logits: _scaled(scores_of(logits), scale),
-            _scaled(scores, scale),
-            create_graph=create_graph,
-        )
-        grad = _scaled(at_least_float32(grad), 1 / scale)
-        if self._batch.look and _all_zero(grad):
-            checks.warn(
-                "The input gradient of every sample is exactly 0, so that the penalty trains nothing. Either the loss "
-                "is saturated, or something before the first layer has no slope (rounding, quantising, argmax)."
-            )
-        self._slopes.append((of, create_graph, grad))
-        return grad
+        if key not in self.known:
+            self.known[key] = compute()
+        return self.known[key]
 
     def _run(self) -> Any:
-        if not self._differentiable:
-            logits, moved = self._call(self.x.clone())  # a copy: a first layer may work in place
-        else:
-            batch = self._batch
-            self._input = differentiable_input(self.x, batch.differentiation.around(batch.model, self.x))
-            logits, moved = self._input.run(self._call)
-        if moved:
-            self._batch.replay.take_over(moved)
-        return logits
+        """The forward pass, through a leaf if input gradients will be asked for."""
+        leaf, around = self.x.detach(), nullcontext
+        if self.differentiable:
+            leaf.requires_grad_()
+            around = self.batch.differentiation.around(self.batch.model, leaf)
+        self._leaf = leaf
+        with around(leaf):
+            return self._call(leaf.clone())[0]  # a copy: a first layer may work in place, which a leaf forbids
 
     def _call(self, z: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """The logits, and the buffers that have moved as far as the model does not have them yet."""
-        batch = self._batch
+        """The logits at z; and the buffers that have moved, as far as the model does not have them yet."""
+        batch = self.batch
         if batch.replay is None:
-            output, moved = batch.inputs.given_to(batch.model, z), {}
-        else:
-            output, moved = batch.replay.call(batch.inputs, z, counts=self._counts)
-        return logits_in(output) if batch.output is None else batch.output(output), moved
+            return batch.read(batch.inputs.given_to(batch.model, z)), {}
+        output, moved = batch.replay.call(batch.inputs, z, counts=self.counts)
+        return batch.read(output), moved
 
-    def _loss_of(self, logits: Any) -> Tensor:
-        batch = self._batch
-        if is_classification(batch.criterion):
-            checks.check_logits(logits)
-            checks.check_labels(logits, batch.y, look=batch.look)
-        losses = self.loss_of(logits, batch.y, batch.criterion, again=not self._counts)
-        check_scores(losses, self.x)
-        return losses
-
-    def loss_of(self, logits: Any, y: Any, criterion: Criterion, *, again: bool = True) -> Tensor:
-        """A criterion's values, for which it draws the random numbers of all passes, if it draws any.
-
-        Args:
-            logits: What it takes.
-            y: Labels.
-            criterion: The criterion.
-            again: Whether another pass may have drawn them before.
-        """
-        replay = self._batch.replay
-        if replay is None:
-            return criterion(logits, y)
-        with replay.drawing("criterion"):
-            return without_random_numbers(lambda found: criterion(found, y), logits) if again else criterion(logits, y)
+    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
+        """The input gradient of a scaled score."""
+        scores = self.score(of)
+        return input_gradient(scores if scale == 1 else scores * scale, self._leaf, create_graph=create_graph)
 
     def _score_of(self, of: ScoreOf) -> Callable[[Any], Tensor]:
         """A score as a function of the logits."""
         if of is None:
-            return lambda logits: self.loss_of(logits, self.y, self.criterion)
+            return self.loss_of
         if not isinstance(of, ClassSelector):
             return of
-        classes = self._chosen_by(of)
+        for known, classes in self.batch.classes:
+            if known is None or known == of:
+                return lambda logits: class_scores(logits, classes)
+        classes = of(checks.check_logits(self.logits).detach(), self.batch.y)
+        self.batch.classes.append((of, classes))
         return lambda logits: class_scores(logits, classes)
-
-    def _chosen_by(self, selector: ClassSelector) -> Tensor:
-        """The classes that a selector has chosen, at whichever point of the batch was asked first."""
-        for known, classes in self._batch.classes:
-            if known is None or known == selector:
-                return classes
-        checks.check_logits(self.logits)
-        classes = selector(self.logits.detach(), self.y)
-        self._batch.classes.append((selector, classes))
-        return classes
 
     def _differentiated_twice(self) -> "Point":
         """The point by a pass of its own, without fused attention, which has no second derivative."""
-        batch = replace(self._batch, differentiation=DoubleBackward(fused=False))
+        batch = replace(self.batch, differentiation=DoubleBackward(fused=False))
         point = Point.of(batch, self.x, counts=False)
         with sdpa_kernel(SDPBackend.MATH):
-            point.once("logits", point._run)
+            point.known["logits"] = point._run()
         return point
+
+
+@final
+class _TransformedPoint(Point):
+    """A point inside a ``torch.func`` transform or a compiled region, where no leaf may be made."""
+
+    def _run(self) -> Any:
+        logits, self._pull_back, moved = torch.func.vjp(lambda z: self._call(z.clone()), self.x, has_aux=True)
+        if moved:
+            self.batch.replay.take_over(moved)
+        return logits
+
+    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
+        logits, score_of = self.logits, self._score_of(of)
+        (grad,) = self._pull_back(torch.func.grad(lambda found: scale * score_of(found).sum())(logits))
+        return grad
 
 
 @final
@@ -366,12 +352,8 @@ class Parts(Point):
     """
 
     def __init__(self, whole: Point, parts: Sequence[Point], rows: Sequence[Tensor]) -> None:
-        self._begin(whole._batch, joined([part.x for part in parts], rows))
+        vars(self).update(vars(Point.of(whole.batch, joined([part.x for part in parts], rows))))
         self._parts, self._rows = parts, rows
-
-    @property
-    def logits(self) -> Any:
-        return self.once("logits", lambda: self._joined(lambda part: part.logits))
 
     @property
     def losses(self) -> Tensor:
@@ -380,8 +362,11 @@ class Parts(Point):
     def score(self, of: ScoreOf = None) -> Tensor:
         return self._joined(lambda part: part.score(of))
 
-    def slope(self, of: ScoreOf = None, *, create_graph: bool) -> Tensor:
-        return self._joined(lambda part: part.slope(of, create_graph=create_graph))
+    def _run(self) -> Any:
+        return self._joined(lambda part: part.logits)
+
+    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
+        return self._joined(lambda part: part._differentiated(of, scale, create_graph))
 
     def _joined(self, values_of: Callable[[Point], Any]) -> Any:
         return joined([values_of(part) for part in self._parts], self._rows)
@@ -390,28 +375,3 @@ class Parts(Point):
 def replay_of(model: Model, x: Tensor) -> Replay:
     """What makes all passes over a batch one function."""
     return TransformedReplay(model, x.device) if in_transform() else EagerReplay(model, x.device)
-
-
-def differentiable_input(x: Tensor, around: Around = nullcontext) -> DifferentiableInput:
-    """The input of a pass whose gradient will be taken, wherever the code runs."""
-    return TransformedInput(x) if in_transform() else EagerInput(x, around)
-
-
-def logits_in(output: Any) -> Any:
-    """What a criterion takes of a model's output: its ``.logits`` or ``["logits"]`` if it has any, or all of it."""
-    if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "logits"):
-        return output.logits
-    return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
-
-
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """The product, without an operation to differentiate twice where it changes nothing."""
-    return tensor if factor == 1 else tensor * factor
-
-
-def _all_zero(grad: Tensor) -> bool:
-    """``not grad.any()``, at a third of its time."""
-    low, high = grad.detach().aminmax()
-    return low.item() == high.item() == 0

@@ -13,7 +13,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast, final
 
 import torch
@@ -26,6 +26,8 @@ from gradreg.wrappers import is_sharded
 
 _INTERNAL = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, hooks, flags
 _PLACES = ("_buffers", "_parameters")
+# Whose modules keep nothing, unless they have buffers.
+_STATELESS = ("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit.")
 
 Kept = dict[str, dict[str, Any]]  # by place: attributes under the empty name, buffers, parameters
 
@@ -33,14 +35,14 @@ Kept = dict[str, dict[str, Any]]  # by place: attributes under the empty name, b
 class Replay(ABC):
     """The passes of one model over one batch, all of which are to be the same function.
 
-    Attributes:
-        model: The model: a module or a function. Of a function only the random numbers are known.
+    Args:
+        model: Whatever computes the logits: a module or a function. Of a function only the random numbers are known.
         device: Where it runs.
     """
 
     def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
-        self.model = model
-        self.device = device
+        self._model = model
+        self._device = device
         self._drawn_from: dict[str, tuple[Any, ...]] = {}
 
     @abstractmethod
@@ -49,7 +51,7 @@ class Replay(ABC):
 
     @abstractmethod
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
-        """The model's output at z, and the buffers that the pass has moved, as far as they wait to be taken over.
+        """The model's output at z, and the buffers that have moved as far as the model does not have them yet.
 
         Args:
             inputs: What the model is given, z in its place.
@@ -58,51 +60,67 @@ class Replay(ABC):
         """
 
     def take_over(self, buffers: dict[str, Tensor]) -> None:
-        """Give the model the buffers that a pass has moved."""
+        """Give the model the buffers that its pass has moved."""
         return
 
     @contextmanager
     def drawing(self, stage: str) -> Iterator[None]:
         """The first block of a stage draws random numbers as ever. Any later one draws the same, and leaves none."""
-        start = self._drawn_from.get(stage)
+        start, now = self._drawn_from.get(stage), _random_states(self._device)
         if start is None:
-            self._drawn_from[stage] = _random_states(self.device)
+            self._drawn_from[stage] = now
             yield
             return
-        now = _random_states(self.device)
         try:
-            _set_random_states(start, self.device)
+            _set_random_states(start, self._device)
             yield
         finally:
-            _set_random_states(now, self.device)
+            _set_random_states(now, self._device)
 
     @property
     def has_drawn(self) -> bool:
         """Whether random numbers were drawn since the first stage began, as far as that can be told."""
         if not self._drawn_from:
             return False
-        return not _equal(next(iter(self._drawn_from.values())), _random_states(self.device))
+        (on_cpu, on_device), of_python, of_numpy = next(iter(self._drawn_from.values()))
+        (cpu_now, device_now), python_now, numpy_now = _random_states(self._device)
+        same = torch.equal(on_cpu, cpu_now) and (on_device is None or torch.equal(on_device, cast("Tensor", device_now)))
+        return not same or of_python != python_now or str(of_numpy) != str(numpy_now)
 
 
 @final
 class EagerReplay(Replay):
-    """For passes under autograd: any module keeps what it had, and all generators are known."""
+    """For passes under autograd: any module keeps what it had, and all generators are known.
 
-    def __init__(
-        self, model: Callable[..., Any], device: torch.device, *, modules: "ModuleState | None" = None
-    ) -> None:
+    Args:
+        model: The model.
+        device: Where it runs.
+        like: Of the same model, whose modules have been looked at.
+    """
+
+    def __init__(self, model: Callable[..., Any], device: torch.device, *, like: "EagerReplay | None" = None) -> None:
         super().__init__(model, device)
-        self._modules = modules or ModuleState(model)
+        if like is not None:
+            self._kept, self._frozen = like._kept, like._frozen
+            return
+        keepers = []
+        self._frozen = False
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            if isinstance(module, _NormBase):  # whose running statistics are easily kept from moving
+                self._frozen |= module.training
+            elif not type(module).__module__.startswith(_STATELESS) or module._buffers:
+                keepers.append(module)
+        self._kept = ModuleState(keepers) if keepers else None
 
     def of_part(self) -> "EagerReplay":
-        return EagerReplay(self.model, self.device, modules=self._modules)
+        return EagerReplay(self._model, self._device, like=self)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
         with self.drawing("model"):
-            if counts:
-                return inputs.given_to(self.model, z), {}
-            with frozen_statistics(self.model), self._modules.copied():
-                return inputs.given_to(self.model, z), {}
+            if counts or not (self._frozen or self._kept):
+                return inputs.given_to(self._model, z), {}
+            with frozen_statistics(self._model), self._kept.copied() if self._kept else nullcontext():
+                return inputs.given_to(self._model, z), {}
 
 
 @final
@@ -120,15 +138,15 @@ class TransformedReplay(Replay):
         self._buffers = _moving_buffers(model) if buffers is None else buffers
 
     def of_part(self) -> "TransformedReplay":
-        return TransformedReplay(self.model, self.device, buffers=self._buffers)
+        return TransformedReplay(self._model, self._device, buffers=self._buffers)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
         copies = {name: buffer.clone() for name, buffer in self._buffers.items()}
 
         def model(*args: Any, **kwargs: Any) -> Any:
             if not copies:
-                return self.model(*args, **kwargs)
-            return torch.func.functional_call(cast("nn.Module", self.model), copies, args, kwargs)
+                return self._model(*args, **kwargs)
+            return torch.func.functional_call(cast("nn.Module", self._model), copies, args, kwargs)
 
         with self.drawing("model"):
             if counts:
@@ -145,7 +163,7 @@ class TransformedReplay(Replay):
 
     def take_over(self, buffers: dict[str, Tensor]) -> None:
         for name, buffer in buffers.items():
-            cast("nn.Module", self.model).get_buffer(name).copy_(buffer)
+            cast("nn.Module", self._model).get_buffer(name).copy_(buffer)
 
 
 def without_random_numbers(function: Callable[[Any], Any], z: Any) -> Any:
@@ -182,19 +200,16 @@ def _moving_buffers(model: object) -> dict[str, Tensor]:
 
 @final
 class ModuleState:
-    """What the modules of a model keep between forward passes, as it was when this object was made.
+    """What modules keep between forward passes, as it was when this object was made.
 
-    Layers of PyTorch without buffers keep nothing and are passed over; the running statistics of its normalisation
-    layers are left to :func:`gradreg.modes.frozen_statistics`, which needs no copies. Not seen is what is kept by an
-    object of another class that a module only points to.
+    Not seen is what is kept by an object of another class that a module only points to.
     """
 
-    def __init__(self, model: object) -> None:
-        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    def __init__(self, modules: list[nn.Module]) -> None:
         # The units of a sharded model exchange its parameters themselves.
         self._places = _PLACES[:1] if any(map(is_sharded, modules)) else _PLACES
         memo: dict[int, Any] = {}
-        self._before = [(module, _copied(self._kept_by(module), memo)) for module in modules if _may_keep(module)]
+        self._before = [(module, _copied(self._kept_by(module), memo)) for module in modules]
 
     @contextmanager
     def copied(self) -> Iterator[None]:
@@ -223,14 +238,6 @@ class ModuleState:
         for place in self._places:
             own[place].clear()
             own[place].update(kept[place])
-
-
-def _may_keep(module: nn.Module) -> bool:
-    if isinstance(module, _NormBase):
-        return False
-    home = type(module).__module__
-    stateless = home.startswith(("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit."))
-    return not stateless or (bool(module._buffers) and not home.startswith("torch.jit."))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -274,13 +281,3 @@ def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
     random.setstate(of_python)
     if of_numpy is not None:
         sys.modules["numpy"].random.set_state(of_numpy)
-
-
-def _equal(some: Any, others: Any) -> bool:
-    """Whether two states, nested tuples of numbers and arrays, are the same."""
-    if isinstance(some, tuple):
-        return all(map(_equal, some, others))
-    if isinstance(some, Tensor):
-        return torch.equal(some, others)
-    same = some == others
-    return same if isinstance(same, bool) else bool(same.all())

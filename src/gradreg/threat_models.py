@@ -127,7 +127,7 @@ class ThreatModel(ABC):
 
     def rows(self, rows: Tensor | Sequence[int], x: Float[Tensor, "B *x"]) -> "ThreatModel":
         """The threat model of some samples of the batch x: follows a per-sample eps, leaves any other as it is."""
-        return self.with_eps(rows_of(self.eps, rows, x))
+        return self.with_eps(rows_of(self.eps, rows, x)) if isinstance(self.eps, Tensor) else self
 
     def _rise(self, grad: Tensor, box: Box) -> Tensor:
         """The dual norm in a box. Its derivative is the maximiser, which so can count as fixed."""

@@ -24,6 +24,7 @@ class Inputs:
 
     Attributes:
         x: The tensor to perturb.
+        is_tensor: Whether the model is given the tensor alone.
 
     Raises:
         TypeError: If there is no such tensor.
@@ -31,7 +32,8 @@ class Inputs:
 
     def __init__(self, whole: Any, name: str | int | None = None) -> None:
         self._whole, self._name = whole, name
-        if isinstance(whole, Tensor):
+        self.is_tensor = isinstance(whole, Tensor)
+        if self.is_tensor:
             self.x = whole
             return
         entries = dict(whole) if isinstance(whole, Mapping) else dict(enumerate(whole)) if _is_list(whole) else {}
@@ -45,11 +47,6 @@ class Inputs:
                 f"perturb={name!r} names one. The order of arguments is (model, x, y)."
             )
         self.x = found
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether the model is given the tensor alone."""
-        return isinstance(self._whole, Tensor)
 
     def given_to(self, model: Callable[..., Any], z: Tensor) -> Any:
         """The model's output for z instead of x."""
@@ -66,6 +63,8 @@ class Inputs:
 
 def taken(tree: Any, rows: Tensor, count: int) -> Any:
     """The entries of some of ``count`` samples."""
+    if isinstance(tree, Tensor) and tree.ndim and len(tree) == count and tree.device == rows.device:
+        return tree[rows]
 
     def take(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile made this module, or compiles its calls."""
-    return _is_a(module, "OptimizedModule") or getattr(module, "_compiled_call_impl", None) is not None
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def is_exported(module: nn.Module) -> bool:

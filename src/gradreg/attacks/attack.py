@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gradreg import checks, modes
-from gradreg.attacks.search import FirstSlope, LossesAt, OutOfBounds, check_attackable, may_look
+from gradreg.attacks.search import LossesAt, OutOfBounds, check_attackable, may_look
 from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import InputOnly
 from gradreg.gradients import in_transform, outside_inference_mode
 from gradreg.point import Batch, Model, Point
-from gradreg.threat_models import Bounds, Eps, ThreatModel
+from gradreg.threat_models import Bounds, Eps, ThreatModel, bounds_like, clamped_
 from gradreg.trees import Inputs, taken
 
 
@@ -126,7 +126,13 @@ class Attack(ABC):
         """The batch to attack, by passes that draw random numbers of their own, as a randomised defence does."""
         if isinstance(y, Tensor):
             y = outside_inference_mode(y).to(x.device)
-        return Point.of(Batch(model, cross_entropy, Inputs(x), y, InputOnly()), x)
+        look = may_look(self, x)
+        return Point.of(Batch(model, cross_entropy, Inputs(x), y, InputOnly(), of_classes=True, look=look), x)
+
+    def _moved(self, x: Tensor, change: Tensor) -> Tensor:
+        """x + change, within the bounds."""
+        z = x + change
+        return z if self.bounds is None else clamped_(z, bounds_like(self.bounds, x))
 
     @contextmanager
     def _ready(self, model: object, *, warns: bool = True) -> Iterator[None]:
@@ -175,17 +181,16 @@ class LossAttack(Attack):
 
     def _losses_at(self, point: Point) -> LossesAt:
         """The function to ascend; looks at the labels' values once, if at all."""
-        criterion = point.criterion if self.criterion is None else self.criterion
+        criterion = point.batch.criterion if self.criterion is None else self.criterion
         known, count = is_classification(criterion), len(point.x)
-        look, around = may_look(self, point.x), InputOnly().around(point.model, point.x)
+        look, around = may_look(self, point.x), InputOnly().around(point.batch.model, point.x)
 
         def losses_at(z: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             nonlocal look
             with around(z):
                 logits = point.logits_at(z, rows)
-            labels = point.y if len(rows) == count else taken(point.y, rows, count)
+            labels = point.batch.y if len(rows) == count else taken(point.batch.y, rows, count)
             if known:
-                checks.check_logits(logits)
                 checks.check_labels(logits, labels, look=look)
                 look = False
             losses = point.loss_of(logits, labels, criterion)
@@ -195,12 +200,21 @@ class LossAttack(Attack):
 
         return losses_at
 
-    def _first_slope(self, point: Point) -> FirstSlope | None:
-        """Losses and their gradient at the input itself, if the point has them or would need the same pass for them."""
-        own = self.criterion is None and not self.targeted and self.mode == "keep" and self.out_of_bounds == "check"
-        if not own or not point.has_slope:
-            return None
-        return lambda: (point.losses.detach(), point.slope(create_graph=False).detach())
+    def _slope(self, point: Point) -> Tensor:
+        """The gradient of what is to be raised at a point, which computes it unless it has it."""
+        criterion = self.criterion
+        if criterion is None:
+            grad = point.slope(create_graph=False)
+        else:
+            known, look = is_classification(criterion), may_look(self, point.x)
+            if known:
+                checks.check_labels(point.logits, point.batch.y, look=look)
+            grad = point.slope(lambda logits: point.loss_of(logits, criterion=criterion), create_graph=False)
+        if point.batch.met is None and may_look(self, point.x) and bool(grad.isnan().any()):
+            raise RuntimeError(
+                "The gradient is NaN, so that there is nothing to ascend. Look at the model's logits on clean inputs."
+            )
+        return -grad.detach() if self.targeted else grad.detach()
 
     def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
         """Which samples need no further search; None for an attack that searches to its end."""

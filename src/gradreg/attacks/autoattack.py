@@ -86,7 +86,7 @@ class AutoAttack(Attack):
         return self.attacks != ("square",)
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
-        x, y = point.x, point.y
+        x, y = point.x, point.batch.y
         look = may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         if y.ndim != 1:

@@ -59,7 +59,7 @@ class RandomSearch(Attack):
         return False
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
-        x, y = point.x, point.y
+        x, y = point.x, point.batch.y
         check_index("RandomSearch", x, self.seed, index)
         look = may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
@@ -161,4 +161,4 @@ class TransferAttack(Attack):
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         seeded = getattr(self.attack, "seed", None) is not None
-        return self.attack(self.surrogate, point.x, point.y, index=index if seeded else None)
+        return self.attack(self.surrogate, point.x, point.batch.y, index=index if seeded else None)

@@ -79,11 +79,9 @@ class IteratedAttack(LossAttack):
             name, x, steps=self.steps, restarts=self.restarts, best=self.best, random_start=self.random_start,
             seed=self.seed, index=index,
         )  # fmt: skip
-        look = may_look(self, x)
+        look = point.batch.met is None and may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
-        at_x = start is None and not self.random_start and not self.early_stop
-        first = self._first_slope(point) if at_x else None
-        search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look, first=first)
+        search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look)
         for delta in search.starts(
             self.restarts, start=start, random_start=self.random_start, seed=self.seed, index=index
         ):
@@ -201,9 +199,9 @@ class TargetedAPGDAttack(Attack):
         return "APGD-T (halving)" if self.halving else "APGD-T"
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
-        x, y = point.x, point.y
+        x, y = point.x, point.batch.y
         check_index("TargetedAPGDAttack", x, self.seed, index)
-        look = may_look(self, x)
+        look = point.batch.met is None and may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         with torch.no_grad():
             logits = point.logits_at(x.clone())
@@ -237,7 +235,7 @@ class TargetedAPGDAttack(Attack):
         self, point: Point, targets: Tensor, rows: Tensor, index: Tensor | None, look: bool
     ) -> Tensor:
         """The samples ``rows``: all of their targets at once, the less promising half dropped at checkpoints."""
-        x, y = point.x, point.y
+        x, y = point.x, point.batch.y
         lanes = targets.shape[1]
         of_lane = rows.to(x.device).repeat_interleave(lanes)
         threat = self.threat.rows(of_lane, x)

@@ -11,7 +11,6 @@ from torch import Tensor
 from gradreg import checks
 from gradreg.gradients import check_scores, in_transform, outside_inference_mode
 from gradreg.noise import noise_for
-from gradreg.point import differentiable_input
 from gradreg.threat_models import (
     Bounds,
     Eps,
@@ -25,7 +24,6 @@ from gradreg.threat_models import (
 )
 
 LossesAt = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-FirstSlope = Callable[[], tuple[Tensor, Tensor]]
 OutOfBounds = Literal["check", "clamp"]
 
 
@@ -114,7 +112,6 @@ class Search:
         bounds: Lowest and highest value of an input, both as numbers or both as tensors.
         best: Whether the highest point of all is to be returned, or the last one.
         look: Whether the values of the next gradient may be looked at.
-        first: Losses and gradient at the clean batch, if they are known, for a start there.
         active: The samples still in play; what has one row for each of them is said to be of the active samples.
         delta: Every sample's perturbation to return.
         highest: Every sample's loss there, as far as ``best`` needs it.
@@ -123,15 +120,7 @@ class Search:
     """
 
     def __init__(
-        self,
-        losses_at: LossesAt,
-        x: Tensor,
-        threat: ThreatModel,
-        bounds: Bounds | None,
-        *,
-        best: bool,
-        look: bool,
-        first: FirstSlope | None = None,
+        self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, *, best: bool, look: bool
     ) -> None:
         self.x = outside_inference_mode(x).detach()
         self.losses_at = losses_at
@@ -139,7 +128,6 @@ class Search:
         self.bounds = None if bounds is None else bounds_like(bounds, self.x)
         self.best = best
         self.look = look
-        self.first = first
         self.active = torch.arange(x.shape[0], device=x.device)
         self.delta = torch.zeros_like(self.x)
         self.highest = self.x.new_full(x.shape[:1], -torch.inf)
@@ -186,24 +174,24 @@ class Search:
 
         The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
         """
-        if self.first is None:
-            losses, done, grad = self._differentiated(self._point(delta))
-        else:
-            (losses, grad), done, self.first = self.first(), None, None
+        losses, done, grad = self._differentiated(self._point(delta))
         if self.look:
             self._check_ascent(losses.detach(), grad)
             self.look = False
         return losses.detach(), done, grad
 
     def _differentiated(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        here = differentiable_input(z)
-        losses, done = here.run(self._losses)
-        if not (in_transform() or losses.requires_grad):
+        if in_transform():
+            losses, pull_back, done = torch.func.vjp(self._losses, z, has_aux=True)
+            return losses, done, pull_back(torch.ones_like(losses))[0].detach()
+        leaf = z.requires_grad_()
+        losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place
+        if not losses.requires_grad:
             raise RuntimeError(
                 "The losses do not depend on the input. The model detaches it, or runs its forward under "
                 "torch.no_grad()."
             )
-        return losses, done, here.gradient(losses, lambda found: found, losses, create_graph=False).detach()
+        return losses, done, torch.autograd.grad(losses.sum(), leaf)[0]
 
     def step(self, delta: Tensor, grad: Tensor, stride: ThreatModel) -> Tensor:
         """The active samples' next perturbations: further up by the ascent of ``stride``."""

@@ -1,17 +1,18 @@
 """Attacks of one gradient step, and of none."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from gradreg import modes
 from gradreg.attacks.attack import Attack, LossAttack
-from gradreg.attacks.search import Search, check_attackable, check_index, may_look
-from gradreg.modes import batch_norms
+from gradreg.attacks.search import check_attackable, check_index, may_look
 from gradreg.noise import noise_for
 from gradreg.point import Parts, Point
-from gradreg.threat_models import bounds_like, clamped_, rows_of
+from gradreg.threat_models import ThreatModel, bounds_like, clamped_, room, rows_of
 
 
 @final
@@ -42,12 +43,10 @@ class Noise(Attack):
         return False
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
-        check_index("Noise", point.x, self.seed, index)
-        check_attackable(point.x, self.threat, self.bounds, self.out_of_bounds, may_look(self, point.x))
         x = point.x
-        noise = noise_for(x, self.threat, self.seed, index, 0, torch.arange(len(x), device=x.device))
-        return x + noise if self.bounds is None else clamped_(x + noise, bounds_like(self.bounds, x))
-
+        check_index("Noise", x, self.seed, index)
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, point.batch.met is None and may_look(self, x))
+        return self._moved(x, _noise(x, self.threat, self.seed, index))
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -70,13 +69,10 @@ class FGSM(LossAttack):
         return f"FGSM {self._loss_name()}".strip()
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
-        x, look = point.x, may_look(self, point.x)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
-        first = self._first_slope(point)
-        search = Search(self._losses_at(point), x, self.threat, self.bounds, best=False, look=look, first=first)
-        search.run(torch.zeros_like(search.x), 1, self.threat.eps)
-        return search.result()
-
+        x = point.x
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, point.batch.met is None and may_look(self, x))
+        box = None if self.bounds is None else room(x, bounds_like(self.bounds, x))
+        return self._moved(x, self.threat.ascent(self._slope(point), torch.zeros_like(x), box))
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -129,40 +125,41 @@ class NFGSM(LossAttack):
         return replace(self, share=1.0, seed=self.seed if self.seed is not None else seed)
 
     def move(self, point: Point, *, differentiable: bool = True) -> Point:
-        with self._ready(point.model, warns=False):
+        with modes.evaluating(point.batch.model) if self.mode == "eval" else nullcontext():
             z, rows, part = self._stepped(point, None)
-        if part is point or batch_norms(point.model) or not part.has_drawn:
+        replay = part.batch.replay
+        if part is point or replay is None or not replay.has_drawn or modes.batch_norms(point.batch.model):
             return point.moved_to(z, differentiable=differentiable)
         # Those that moved are to be seen by the very network that was attacked, whose random numbers are theirs alone.
-        parts = [part.moved_to(z[rows[0]], differentiable=differentiable)]
-        parts.append(point.moved_to(z, differentiable=differentiable).rows(rows[1], differentiable=differentiable))
-        return Parts(point, parts, rows)
+        whole = point.moved_to(z)
+        moved = part.moved_to(z[rows[0]], differentiable=differentiable)
+        return Parts(whole, [moved, whole.rows(rows[1], differentiable=differentiable)], rows)
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
+        check_index("NFGSM", point.x, self.seed, index)
         return self._stepped(point, index)[0]
 
     def _stepped(self, point: Point, index: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], Point]:
         """The perturbed batch; which of its samples have moved, and which not; and those that have, as a batch."""
-        x, look = point.x, may_look(self, point.x)
-        check_index("NFGSM", x, self.seed, index)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
-        every = torch.arange(len(x), device=x.device)
-        noise = noise_for(x, self.threat.scaled(self.noise), self.seed, index, 0, every)
+        x, threat, bounds, rows = point.x, self.threat, self.bounds, ()
+        check_attackable(x, threat, bounds, self.out_of_bounds, point.batch.met is None and may_look(self, x))
+        ball = threat if self.noise == 1 else threat.scaled(self.noise)
+        z = noisy = self._moved(x, _noise(x, ball, self.seed, index))
         count = max(1, round(self.share * len(x)))
-        if count == len(x):
-            return self._step(point, noise, look), (every, every[:0]), point
-        rows = torch.randperm(len(x), device=x.device).tensor_split([count])
-        part = point.rows(rows[0])
-        z = x + noise if self.bounds is None else clamped_(x + noise, bounds_like(self.bounds, x))
-        of_part = replace(self, threat=self.threat.rows(rows[0], x), bounds=self._bounds_of(rows[0], x))
-        return z.index_copy(0, rows[0], of_part._step(part, noise[rows[0]], look)), rows, part
+        if count < len(x):
+            rows = torch.randperm(len(x), device=x.device).tensor_split([count])
+            threat, noisy, x = threat.rows(rows[0], x), z[rows[0]], x[rows[0]]
+            point = point.rows(rows[0])
+            if bounds is not None:
+                bounds = rows_of(bounds[0], rows[0], point.x), rows_of(bounds[1], rows[0], point.x)
+        moved = noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x)
+        if bounds is not None:
+            moved = clamped_(moved, bounds_like(bounds, x))
+        return z.index_copy(0, rows[0], moved) if rows else moved, rows, point
 
-    def _bounds_of(self, rows: Tensor, x: Tensor) -> tuple[float | Tensor, float | Tensor] | None:
-        return None if self.bounds is None else (rows_of(self.bounds[0], rows, x), rows_of(self.bounds[1], rows, x))
 
-    def _step(self, point: Point, noise: Tensor, look: bool) -> Tensor:
-        """One step from noise, of all samples of a point."""
-        reach = self.threat.scaled(1 + self.noise)
-        search = Search(self._losses_at(point), point.x, reach, self.bounds, best=False, look=look)
-        search.run(noise, 1, self.threat.eps)
-        return search.result()
+def _noise(x: Tensor, ball: ThreatModel, seed: int | None, index: Tensor | None) -> Tensor:
+    """Uniform noise in a ball for every sample."""
+    if seed is None:
+        return ball.sample_like(x)
+    return noise_for(x, ball, seed, index, 0, torch.arange(len(x), device=x.device))
