@@ -111,10 +111,10 @@ OBJECTIVES = {
     "grad_norm Linf": {"p": Term(GradNormPenalty(Linf(0.1)), 1.2)},
     "grad_norm L2": {"p": Term(GradNormPenalty(L2(0.4)), 1.2)},
     "grad_norm L1": {"p": Term(GradNormPenalty(L1(2.0)), 1.2)},
-    "edges": {"p": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5, of=true_class())},
+    "edges": {"p": Term(EdgeAlignmentPenalty(sigma=0.6, of=true_class()), 0.5)},
     "both": {
         "g": Term(GradNormPenalty(Linf(0.1)), linear_ramp(1.2, duration=10)),
-        "e": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5, of=true_class()),
+        "e": Term(EdgeAlignmentPenalty(sigma=0.6, of=true_class()), 0.5),
     },
 }
 FUNCTIONAL = [name for name in MODELS if name != "batch_norm_train"]  # torch.func forbids moving statistics

@@ -66,7 +66,8 @@ def check_input(x: Tensor) -> None:
 
 def finite_range(x: Tensor) -> tuple[float, float]:
     """The lowest and the highest value of x; raises if one of its values is NaN or infinite."""
-    low, high = (side.item() for side in x.detach().aminmax())
+    lowest, highest = x.detach().aminmax()
+    low, high = lowest.item(), highest.item()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"x holds {int((~torch.isfinite(x)).sum())} values that are NaN or infinite. Their gradient is NaN, and "
@@ -95,7 +96,8 @@ def check_labels(logits: Any, y: Any, *, look: bool) -> None:
         y: Classes of shape (B,), or probabilities of shape (B, K).
         look: Whether the labels' values may be looked at.
     """
-    check_logits(logits)
+    if not isinstance(logits, Tensor):
+        check_logits(logits)
     if not isinstance(y, Tensor):
         raise TypeError(
             f"The criterion takes classes or class probabilities, and y is a {type(y).__name__}. A criterion of your own "

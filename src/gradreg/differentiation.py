@@ -12,10 +12,10 @@ parameters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +28,7 @@ from gradreg.threat_models import ThreatModel
 from gradreg.wrappers import is_compiled
 
 Around = Callable[[Tensor], AbstractContextManager[object]]
-
-
-class Differentiable(Protocol):
-    """What a differentiation asks of a :class:`gradreg.Point`."""
-
-    x: Tensor
-    batch: Any  # which has the model and the requests
-
-    def slope(self, of: Any, *, create_graph: bool) -> Tensor:
-        """The input gradient of a score."""
-
-    def score(self, of: Any) -> Tensor:
-        """The score itself, ``(B,)``."""
-
-    def at(self, z: Tensor, *, differentiable: bool = True) -> "Differentiable":
-        """The same samples at another input."""
+Point = Any  # gradreg.Point, which stands in a higher layer
 
 
 @final
@@ -58,7 +43,7 @@ class Requests:
     """
 
     unit: ThreatModel | None = None
-    taken: list[tuple[Differentiable, Any, Tensor]] = field(default_factory=list)
+    taken: list[tuple[Point, Any, Tensor]] = field(default_factory=list)
     offsets: list[Tensor] = field(default_factory=list)
 
 
@@ -77,19 +62,17 @@ class Differentiation(ABC):
     looks_elsewhere: ClassVar[bool] = False
 
     @abstractmethod
-    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+    def gradient(self, point: Point, of: Any) -> Tensor:
         """The gradient of a score with respect to the point's input, as penalties see it."""
 
-    def completed(
-        self, compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], requests: Requests
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total that ``compute`` returns, with the gradient that this object stands for.
+    def completed(self, total_of_terms: Callable[[], Tensor], requests: Requests) -> Tensor:
+        """The total of an objective, with the gradient that this object stands for.
 
         Args:
-            compute: Total of an objective, and the values of its penalties.
-            requests: The gradients that are asked for meanwhile.
+            total_of_terms: Computes it.
+            requests: The input gradients that are asked for meanwhile.
         """
-        return compute()
+        return total_of_terms()
 
     def around(self, model: object, x: Tensor) -> Around:
         """What the model runs within, while the gradient with respect to x is to be taken."""
@@ -106,7 +89,7 @@ class InputOnly(Differentiation):
 
     constant: ClassVar[bool] = True
 
-    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+    def gradient(self, point: Point, of: Any) -> Tensor:
         return point.slope(of, create_graph=False).detach()
 
 
@@ -134,7 +117,7 @@ class DoubleBackward(Differentiation):
     second_order: ClassVar[bool] = True
     fused: bool = True
 
-    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+    def gradient(self, point: Point, of: Any) -> Tensor:
         return point.slope(of, create_graph=True)
 
     def around(self, model: object, x: Tensor) -> Around:
@@ -192,7 +175,7 @@ class FiniteDifference(Differentiation):
         if self.scheme not in ("forward", "central"):
             raise ValueError(f'FiniteDifference: scheme is "forward" or "central", got {self.scheme!r}.')
 
-    def gradient(self, point: Differentiable, of: Any) -> Tensor:
+    def gradient(self, point: Point, of: Any) -> Tensor:
         requests = point.batch.requests
         for known, score, grad in requests.taken:
             if known is point and score == of:
@@ -210,39 +193,35 @@ class FiniteDifference(Differentiation):
         requests.taken.append((point, of, grad))
         return grad
 
-    def completed(
-        self, compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], requests: Requests
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, penalties = compute()
+    def completed(self, total_of_terms: Callable[[], Tensor], requests: Requests) -> Tensor:
+        total = total_of_terms()
         taken = list(requests.taken)
         if not taken:
-            return total, penalties
+            return total
         grads = [grad for *_, grad in taken]
         if in_transform():
-            directions = self._directions_in_transform(compute, requests, grads)
+            directions = self._directions_in_transform(total_of_terms, requests, grads)
         else:
-            directions = torch.autograd.grad(
-                total, grads, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            directions = torch.autograd.grad(total, grads, retain_graph=True, allow_unused=True, materialize_grads=True)
         for (point, of, _), direction in zip(taken, directions, strict=True):
             total = total + self._difference(point, of, direction, self._unit(requests))
-        return total, {name: values.detach() for name, values in penalties.items()}
+        return total
 
     @staticmethod
     def _directions_in_transform(
-        compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], requests: Requests, grads: list[Tensor]
-    ) -> list[Tensor]:
+        total_of_terms: Callable[[], Tensor], requests: Requests, grads: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         """Derivatives of the total with respect to the gradients, for which it is computed a second time."""
 
         def total_with(offsets: list[Tensor]) -> Tensor:
             requests.taken, requests.offsets = [], offsets
-            return compute()[0]
+            return total_of_terms()
 
         total, pull_back = torch.func.vjp(total_with, [torch.zeros_like(grad) for grad in grads])
         requests.taken, requests.offsets = [], []
-        return list(pull_back(torch.ones_like(total))[0])
+        return pull_back(torch.ones_like(total))[0]
 
-    def _difference(self, point: Differentiable, of: Any, direction: Tensor, threat: ThreatModel) -> Tensor:
+    def _difference(self, point: Point, of: Any, direction: Tensor, threat: ThreatModel) -> Tensor:
         """0, with the derivative of the score along the direction as its gradient with respect to the weights."""
         size = threat.norm(direction)
         if batch_norms(point.batch.model):  # a sample's score depends on all displacements, which so share one h

@@ -88,11 +88,11 @@ def _check_parameters(objective: nn.Module, model: nn.Module, units: list[str]) 
             )
 
 
-def check_graph(met: Meeting | None, logits: object) -> None:
-    """Warn once if the graph of the logits has an attention kernel, at which total.backward() will raise."""
-    if met is None or met.graph_seen:
-        return
+def check_graph(met: Meeting, logits: object, second_order: bool) -> None:
+    """Warn if the graph of the logits has an attention kernel, at which total.backward() will raise."""
     met.graph_seen = True
+    if not second_order:
+        return
     graph = logits.grad_fn if isinstance(logits, Tensor) else None
     if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([graph], ())):
         checks.warn(

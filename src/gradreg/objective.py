@@ -15,7 +15,8 @@ from gradreg.attacks import Attack
 from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import Differentiation, DoubleBackward, InputOnly, Requests
 from gradreg.gradients import in_transform
-from gradreg.point import Batch, Model, Parts, Point, replay_of
+from gradreg.point import Batch, Model, Parts, Point
+from gradreg.replay import EagerReplay, TransformedReplay
 from gradreg.schedules import Schedule
 from gradreg.trees import Inputs
 
@@ -51,11 +52,11 @@ class Term:
                 "Term: a penalty is a function of a point. Wrap a function of (grad, x): GradientPenalty(function)."
             )
         if not callable(self.weight):
-            _checked_weight(self.weight, "Term")
+            _checked_weight(self.weight)
 
     def weight_at(self, t: float | None) -> float:
         """The weight at step t."""
-        return _weight_at(self.weight, t, "Term")
+        return _scheduled(self.weight, t) if callable(self.weight) else self.weight
 
 
 class PenalizedOutput(NamedTuple):
@@ -147,7 +148,7 @@ class PenalizedLoss(nn.Module):
         super().__init__()
         _check_settings(criterion, {} if terms is None else terms, at, differentiation)
         if not callable(loss_weight):
-            _checked_weight(loss_weight, "loss_weight")
+            _checked_weight(loss_weight)
         if not inner_scale > 0:
             raise ValueError(f"PenalizedLoss: inner_scale must be above 0, got {inner_scale}.")
         if not 0 < fraction <= 1:
@@ -194,29 +195,32 @@ class PenalizedLoss(nn.Module):
             RuntimeError: If nothing could be trained: grad is disabled, all parameters are frozen, x carries a graph,
                 or the model is wrapped in a way that makes double backward wrong (each message names the fix).
         """
-        loss_weight, weights = _weight_at(self.loss_weight, t, "loss_weight"), {}
+        transformed, moves = in_transform(), self.at is not None
+        loss_weight = self.loss_weight if not callable(self.loss_weight) else _scheduled(self.loss_weight, t)
+        weights = {}
         for name, term in self.terms.items():
             if (weight := term.weight_at(t)) > 0:
                 weights[name] = weight
-        batch, penalises = self._batch_of(model, x, y, classes, weights), bool(weights)
-        moves = self.at is not None
-        point = Point.of(batch, batch.inputs.x, differentiable=penalises or moves, counts=not moves)
-        where = self.at.move(point, differentiable=penalises) if moves else point
-        where, part = self._split(where) if penalises and self.fraction < 1 else (where, where)
-        loss = where.losses.mean()
+        batch = self._batch_of(model, x, y, classes, weights, transformed)
+        point = Point.of(batch, batch.inputs.x, differentiable=moves or bool(weights), counts=not moves)
+        where = self.at.move(point, differentiable=bool(weights)) if moves else point
+        where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
+        loss, penalties = where.losses.mean(), {}
 
-        def compute() -> tuple[Tensor, dict[str, Tensor]]:
-            total, penalties = loss_weight * loss, {}
+        def total_of_terms() -> Tensor:
+            total = loss_weight * loss
             for name, weight in weights.items():
-                penalties[name] = self.terms[name].penalty(part)
-                _check_penalty(name, penalties[name], part.x)
-                total = total + weight * penalties[name].mean()
-            return total, penalties
+                penalties[name] = values = self.terms[name].penalty(part)
+                if values.shape != part.x.shape[:1]:
+                    raise _wrong_shape(name, values, part.x)
+                total = total + weight * values.mean()
+            return total
 
-        total, penalties = batch.differentiation.completed(compute, batch.requests)
-        if penalises and self.differentiation.second_order:
-            model_checks.check_graph(batch.met, part.logits)
-        return PenalizedOutput(total, loss, where.logits, penalties, where.x, point.known.get("logits"))
+        total = batch.differentiation.completed(total_of_terms, batch.requests)
+        if batch.met is not None and not batch.met.graph_seen and weights:
+            model_checks.check_graph(batch.met, part.logits, self.differentiation.second_order)
+        logged = {name: values.detach() for name, values in penalties.items()}
+        return PenalizedOutput(total, loss, where.logits, logged, where.x, point.known.get("logits"))
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -224,42 +228,34 @@ class PenalizedLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
 
     def _batch_of(
-        self, model: Model, x: Any, y: Any, classes: Tensor | None, weights: Mapping[str, float]
+        self, model: Model, x: Any, y: Any, classes: Tensor | None, weights: Mapping[str, float], transformed: bool
     ) -> Batch:
         """The batch, checked."""
         inputs, look, met = Inputs(x, self.perturb), False, None
         checks.check_input(inputs.x)
-        unit, repeats = None, self.at is not None or (bool(weights) and self.differentiation.looks_elsewhere)
-        places: list[object] = [self.at]
+        how = self.differentiation if weights else InputOnly()
+        repeats = self.at is not None or self.fraction < 1 or how.looks_elsewhere
+        unit, places = None, [self.at]
         for name in weights:
-            places.append(penalty := self.terms[name].penalty)
-            unit = unit or getattr(penalty, "threat", None)
-            repeats |= getattr(penalty, "looks_elsewhere", True)
-        if not in_transform():
+            penalty = self.terms[name].penalty
+            unit, repeats = unit or getattr(penalty, "threat", None), repeats or getattr(penalty, "looks_elsewhere", True)
+            places.append(penalty)
+        if not transformed:
             if inputs.x.grad_fn is not None:
                 raise RuntimeError(
                     "x carries a graph, which a gradient with respect to it would cut. Make what computes x a part of "
                     "the model, or pass x.detach() if nothing before it is to be trained."
                 )
             look = checks.may_look(self, inputs.x, self.validate)
-            met = model_checks.check_model(self, model, self.differentiation if weights else None)
+            met = model_checks.check_model(self, model, how if weights else None)
             if look:
                 model_checks.check_units(inputs.x, places, normalized=met is not None and met.normalizes)
+        replay = (TransformedReplay if transformed else EagerReplay)(model, inputs.x.device) if repeats else None
+        known = [] if classes is None else [(None, classes)]
         return Batch(
-            model,
-            self.criterion,
-            inputs,
-            y,
-            self.differentiation if weights else InputOnly(),
-            output=self.output,
-            of_classes=self._of_classes,
-            inner_scale=self.inner_scale,
-            look=look,
-            met=met,
-            replay=replay_of(model, inputs.x) if repeats or self.fraction < 1 else None,
-            requests=Requests(unit),
-            classes=[] if classes is None else [(None, classes)],
-        )
+            model, self.criterion, inputs, y, how, self.output, self._of_classes, self.inner_scale,
+            look=look, checked=True, met=met, replay=replay, requests=Requests(unit), classes=known,
+        )  # fmt: skip
 
     def _split(self, whole: Point) -> tuple[Point, Point]:
         """The batch in two parts, and the one whose penalties are computed: a share of the samples, drawn at random."""
@@ -335,12 +331,11 @@ def _check_settings(
         )
 
 
-def _check_penalty(name: str, values: Tensor, x: Tensor) -> None:
-    if values.shape != x.shape[:1]:
-        raise ValueError(
-            f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(values.shape)}; expected one number per "
-            f"sample, ({len(x)},). Reduce it over all dimensions but the first."
-        )
+def _wrong_shape(name: str, values: Tensor, x: Tensor) -> ValueError:
+    return ValueError(
+        f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(values.shape)}; expected one number per "
+        f"sample, ({len(x)},). Reduce it over all dimensions but the first."
+    )
 
 
 def _needs_two_arguments(function: Callable[..., object]) -> bool:
@@ -355,18 +350,14 @@ def _needs_two_arguments(function: Callable[..., object]) -> bool:
     return False
 
 
-def _weight_at(weight: float | Schedule, t: float | None, name: str) -> float:
-    """The value of a weight at step t."""
-    if not callable(weight):
-        return weight
+def _scheduled(schedule: Schedule, t: float | None) -> float:
+    """The value of a schedule at step t."""
     if t is None:
-        raise ValueError(
-            f"{name}: the weight is a schedule of the optimiser step; call objective(model, x, y, t=step)."
-        )
-    return _checked_weight(weight(t), name)
+        raise ValueError("A weight is a schedule of the optimiser step; call objective(model, x, y, t=step).")
+    return _checked_weight(schedule(t))
 
 
-def _checked_weight(weight: float, name: str) -> float:
+def _checked_weight(weight: float) -> float:
     if not 0 <= weight < math.inf:
-        raise ValueError(f"{name}: a weight must be finite and at least 0, got {weight}.")
+        raise ValueError(f"A weight must be finite and at least 0, got {weight}.")
     return weight

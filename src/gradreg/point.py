@@ -38,7 +38,8 @@ class Batch:
         inner_scale: Factor on a score while its gradient is taken.
         index: The number of every sample that its random numbers are drawn from; None for its place in the batch.
         look: Whether values may be looked at.
-        met: What the objective that asks knows of the model; it has seen to it that all units agree. None if nobody has.
+        checked: Whether an objective has seen to it that x, radii and bounds are in one unit.
+        met: What the objective knows of the model, if it is a module.
         replay: Makes every pass the same function; None for passes that draw random numbers of their own.
         requests: The input gradients that were asked for.
         classes: What each class selector has chosen, for all points; those given in advance under None.
@@ -54,6 +55,7 @@ class Batch:
     inner_scale: float = 1.0
     index: Tensor | None = None
     look: bool = False
+    checked: bool = False
     met: Any = None
     replay: Replay | None = None
     requests: Requests = field(default_factory=Requests)
@@ -61,16 +63,13 @@ class Batch:
 
     def rows(self, rows: Tensor) -> "Batch":
         """Some of its samples, whose passes draw random numbers of their own."""
-        classes = []
-        for selector, chosen in self.classes:
-            classes.append((selector, chosen[rows]))
         return replace(
             self,
             inputs=self.inputs.rows(rows),
             y=taken(self.y, rows, len(self.inputs.x)),
             index=None if self.index is None else self.index[rows.to(self.index.device)],
             replay=None if self.replay is None else self.replay.of_part(),
-            classes=classes,
+            classes=[(selector, chosen[rows]) for selector, chosen in self.classes] if self.classes else [],
         )
 
     def read(self, output: Any) -> Any:
@@ -161,7 +160,8 @@ class Point:
             logits, batch = self.logits, self.batch
             if batch.of_classes:
                 checks.check_labels(logits, batch.y, look=batch.look)
-            losses = self.loss_of(logits, again=not self.counts)
+            alone = batch.replay is None
+            losses = batch.criterion(logits, batch.y) if alone else self.loss_of(logits, again=not self.counts)
             check_scores(losses, self.x)
             self.known["losses"] = losses
         return self.known["losses"]
@@ -228,7 +228,7 @@ class Point:
         if batch.replay is None:
             return criterion(logits, labels)
         with batch.replay.drawing("criterion"):
-            if again:
+            if again and torch.compiler.is_compiling():
                 return without_random_numbers(lambda found: criterion(found, labels), logits)
             return criterion(logits, labels)
 
@@ -294,13 +294,14 @@ class Point:
         """The logits at z; and the buffers that have moved, as far as the model does not have them yet."""
         batch = self.batch
         if batch.replay is None:
-            return batch.read(batch.inputs.given_to(batch.model, z)), {}
-        output, moved = batch.replay.call(batch.inputs, z, counts=self.counts)
-        return batch.read(output), moved
+            output, moved = batch.inputs.given_to(batch.model, z), {}
+        else:
+            output, moved = batch.replay.call(batch.inputs, z, counts=self.counts)
+        return output if isinstance(output, Tensor) and batch.output is None else batch.read(output), moved
 
     def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
         """The input gradient of a scaled score."""
-        scores = self.score(of)
+        scores = self.losses if of is None else self.score(of)
         return input_gradient(scores if scale == 1 else scores * scale, self._leaf, create_graph=create_graph)
 
     def _score_of(self, of: ScoreOf) -> Callable[[Any], Tensor]:

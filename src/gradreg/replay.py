@@ -40,14 +40,15 @@ class Replay(ABC):
         device: Where it runs.
     """
 
-    def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self._drawn_from: dict[str, tuple[Any, ...]] = {}
+    _model: Callable[..., Any]
+    _device: torch.device
+    _drawn_from: dict[str, tuple[Any, ...]]  # by stage: the states of the generators before it
 
-    @abstractmethod
     def of_part(self) -> "Replay":
         """For passes over a part of the batch, which draw other numbers but find the same modules."""
+        part = copy.copy(self)
+        part._drawn_from = {}
+        return part
 
     @abstractmethod
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
@@ -90,19 +91,10 @@ class Replay(ABC):
 
 @final
 class EagerReplay(Replay):
-    """For passes under autograd: any module keeps what it had, and all generators are known.
+    """For passes under autograd: any module keeps what it had, and all generators are known."""
 
-    Args:
-        model: The model.
-        device: Where it runs.
-        like: Of the same model, whose modules have been looked at.
-    """
-
-    def __init__(self, model: Callable[..., Any], device: torch.device, *, like: "EagerReplay | None" = None) -> None:
-        super().__init__(model, device)
-        if like is not None:
-            self._kept, self._frozen = like._kept, like._frozen
-            return
+    def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
+        self._model, self._device, self._drawn_from = model, device, {}
         keepers = []
         self._frozen = False
         for module in model.modules() if isinstance(model, nn.Module) else ():
@@ -111,9 +103,6 @@ class EagerReplay(Replay):
             elif not type(module).__module__.startswith(_STATELESS) or module._buffers:
                 keepers.append(module)
         self._kept = ModuleState(keepers) if keepers else None
-
-    def of_part(self) -> "EagerReplay":
-        return EagerReplay(self._model, self._device, like=self)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
         with self.drawing("model"):
@@ -131,14 +120,9 @@ class TransformedReplay(Replay):
     every pass gets copies of the buffers, and those of the step's own pass are taken over when the transform is done.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], device: torch.device, *, buffers: dict[str, Tensor] | None = None
-    ) -> None:
-        super().__init__(model, device)
-        self._buffers = _moving_buffers(model) if buffers is None else buffers
-
-    def of_part(self) -> "TransformedReplay":
-        return TransformedReplay(self._model, self._device, buffers=self._buffers)
+    def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
+        self._model, self._device, self._drawn_from = model, device, {}
+        self._buffers = _moving_buffers(model)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
         copies = {name: buffer.clone() for name, buffer in self._buffers.items()}

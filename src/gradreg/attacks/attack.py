@@ -210,7 +210,7 @@ class LossAttack(Attack):
             if known:
                 checks.check_labels(point.logits, point.batch.y, look=look)
             grad = point.slope(lambda logits: point.loss_of(logits, criterion=criterion), create_graph=False)
-        if point.batch.met is None and may_look(self, point.x) and bool(grad.isnan().any()):
+        if not point.batch.checked and may_look(self, point.x) and bool(grad.isnan().any()):
             raise RuntimeError(
                 "The gradient is NaN, so that there is nothing to ascend. Look at the model's logits on clean inputs."
             )

@@ -79,7 +79,7 @@ class IteratedAttack(LossAttack):
             name, x, steps=self.steps, restarts=self.restarts, best=self.best, random_start=self.random_start,
             seed=self.seed, index=index,
         )  # fmt: skip
-        look = point.batch.met is None and may_look(self, x)
+        look = not point.batch.checked and may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look)
         for delta in search.starts(
@@ -201,7 +201,7 @@ class TargetedAPGDAttack(Attack):
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x, y = point.x, point.batch.y
         check_index("TargetedAPGDAttack", x, self.seed, index)
-        look = point.batch.met is None and may_look(self, x)
+        look = not point.batch.checked and may_look(self, x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         with torch.no_grad():
             logits = point.logits_at(x.clone())

@@ -45,7 +45,8 @@ class Noise(Attack):
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x = point.x
         check_index("Noise", x, self.seed, index)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, point.batch.met is None and may_look(self, x))
+        if not point.batch.checked:
+            check_attackable(x, self.threat, self.bounds, self.out_of_bounds, may_look(self, x))
         return self._moved(x, _noise(x, self.threat, self.seed, index))
 
 @final
@@ -70,7 +71,8 @@ class FGSM(LossAttack):
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x = point.x
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, point.batch.met is None and may_look(self, x))
+        if not point.batch.checked:
+            check_attackable(x, self.threat, self.bounds, self.out_of_bounds, may_look(self, x))
         box = None if self.bounds is None else room(x, bounds_like(self.bounds, x))
         return self._moved(x, self.threat.ascent(self._slope(point), torch.zeros_like(x), box))
 
@@ -142,16 +144,17 @@ class NFGSM(LossAttack):
     def _stepped(self, point: Point, index: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], Point]:
         """The perturbed batch; which of its samples have moved, and which not; and those that have, as a batch."""
         x, threat, bounds, rows = point.x, self.threat, self.bounds, ()
-        check_attackable(x, threat, bounds, self.out_of_bounds, point.batch.met is None and may_look(self, x))
+        if not point.batch.checked:
+            check_attackable(x, threat, bounds, self.out_of_bounds, may_look(self, x))
         ball = threat if self.noise == 1 else threat.scaled(self.noise)
-        z = noisy = self._moved(x, _noise(x, ball, self.seed, index))
+        z = noisy = self._moved(x, ball.sample_like(x) if self.seed is None else _noise(x, ball, self.seed, index))
         count = max(1, round(self.share * len(x)))
         if count < len(x):
             rows = torch.randperm(len(x), device=x.device).tensor_split([count])
             threat, noisy, x = threat.rows(rows[0], x), z[rows[0]], x[rows[0]]
             point = point.rows(rows[0])
-            if bounds is not None:
-                bounds = rows_of(bounds[0], rows[0], point.x), rows_of(bounds[1], rows[0], point.x)
+            if bounds is not None and isinstance(bounds[0], Tensor):
+                bounds = rows_of(bounds[0], rows[0], z), rows_of(bounds[1], rows[0], z)
         moved = noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x)
         if bounds is not None:
             moved = clamped_(moved, bounds_like(bounds, x))
