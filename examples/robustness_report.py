@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", action="append", default=[], metavar="LABEL=SPEC",
-        help="timm:NAME, timm:NAME:FILE, study:FILE or MODULE:FUNCTION, +gelu behind it; default: quickstart's nets",
+        help="timm:NAME, timm:NAME:FILE, study:FILE or MODULE:FUNCTION, +gelu at the end; default: quickstart's nets",
     )  # fmt: skip
     parser.add_argument("--adversarial", metavar="LABEL", help="the adversarially trained model")
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, or a folder with a folder per class")
@@ -105,7 +105,7 @@ def _number(text: str) -> float:
 
 
 def _finite(value: object) -> object:
-    """The same, null in the place of numbers that JSON does not have."""
+    """The same, with null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--networks", type=int, default=200, help="how many random networks to try")
     parser.addoption("--zoo", action="store_true", help="test all models of tests/zoo.py and not a sample")
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a user hands over: what passes, and the message of each error, in full where it is short."""
+"""Checks of what a user hands over: what passes, and what is refused with the fact or the fix that tells."""
 
 import math
 import re
@@ -20,12 +20,6 @@ from gradreg.checks import (
     may_look,
 )
 
-
-def says(*parts: str) -> str:
-    """A pattern that the message of an error has when it holds these parts in their order."""
-    return "(?s)" + ".*".join(re.escape(part) for part in parts)
-
-
 # Input
 
 
@@ -37,13 +31,13 @@ def test_input_of_real_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64], ids=str)
 def test_input_of_other_numbers(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=says(f"x is of type {dtype}", "pass x.float() / 255, pixels in [0, 1]")):
+    with pytest.raises(TypeError, match=str(dtype)):
         check_input(torch.zeros(2, 3, 4, 4, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (0, 3), (0, 3, 4, 4)], ids=str)
 def test_input_that_is_no_batch(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=says(f"x has shape {shape}; expected a batch of at least one sample")):
+    with pytest.raises(ValueError, match="batch"):
         check_input(torch.zeros(shape))
 
 
@@ -53,7 +47,7 @@ def test_finite_input() -> None:
 
 @pytest.mark.parametrize(("bad", "count"), [([math.nan], 1), ([math.inf, -math.inf], 2), ([math.nan, math.inf], 2)])
 def test_input_that_is_not_finite(bad: list[float], count: int) -> None:
-    with pytest.raises(ValueError, match=says(f"x holds {count} values that are NaN or infinite", "data loading")):
+    with pytest.raises(ValueError, match=f"{count} values"):
         finite_range(torch.tensor([[0.0, 1.0, *bad]]))
 
 
@@ -63,8 +57,7 @@ def test_input_that_is_not_finite(bad: list[float], count: int) -> None:
 def test_output_that_is_no_tensor(output: object, name: str) -> None:
     check_logits(torch.zeros(1, 2))
     check_logits(nn.Parameter(torch.zeros(1, 2)))
-    message = says(f"The model returned {name}; expected one tensor of logits", "Wrap the model in a module")
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=name):
         check_logits(output)
 
 
@@ -101,47 +94,42 @@ def test_labels_that_fit(logits: Tensor, y: Tensor) -> None:
 
 @pytest.mark.parametrize("look", [True, False])
 @pytest.mark.parametrize(
-    ("y", "error", "message"),
+    ("y", "error", "fix"),
     [
-        (
-            torch.zeros(3, 1, dtype=torch.int64),
-            ValueError,
-            says("Expected labels of shape (3,), got torch.int64 of shape (3, 1): use y.squeeze(1)."),
-        ),
-        (
-            torch.zeros(2, dtype=torch.int64),
-            ValueError,
-            says("classes of shape (3,) or probabilities of shape (3, 4) for logits of shape (3, 4)", "of shape (2,)."),
-        ),
-        (torch.zeros(3, 5), ValueError, says("probabilities of shape (3, 4)", "got torch.float32 of shape (3, 5).")),
-        (torch.zeros(4, 3), ValueError, says("probabilities of shape (3, 4)", "got torch.float32 of shape (4, 3).")),
-        (torch.tensor(1), ValueError, says("classes of shape (3,)", "got torch.int64 of shape ().")),
-        (torch.zeros(3), TypeError, says("Expected classes as torch.int64, got torch.float32", "use y.long().")),
-        (torch.zeros(3, dtype=torch.int32), TypeError, says("got torch.int32 of shape (3,): use y.long().")),
-        (torch.zeros(3, dtype=torch.bool), TypeError, says("got torch.bool of shape (3,): use y.long().")),
-        (
-            torch.eye(4, dtype=torch.int64)[:3],
-            TypeError,
-            says("Expected class probabilities as real numbers, got torch.int64", "y.to(logits.dtype), or y.argmax(1)"),
-        ),
+        (torch.zeros(3, 1, dtype=torch.int64), ValueError, "y.squeeze(1)"),
+        (torch.zeros(2, dtype=torch.int64), ValueError, "(2,)"),
+        (torch.zeros(3, 5), ValueError, "(3, 5)"),
+        (torch.zeros(4, 3), ValueError, "(4, 3)"),
+        (torch.tensor(1), ValueError, "()"),
+        (torch.zeros(3), TypeError, "y.long()"),
+        (torch.zeros(3, dtype=torch.int32), TypeError, "y.long()"),
+        (torch.zeros(3, dtype=torch.bool), TypeError, "y.long()"),
+        (torch.eye(4, dtype=torch.int64)[:3], TypeError, "y.argmax(1)"),
+        (None, TypeError, "NoneType"),
+        ((torch.tensor([0, 1, 2]), torch.tensor([1, 1, 1]), 0.5), TypeError, "tuple"),
     ],
-    ids=["column", "count", "classes", "transposed", "scalar", "float", "int32", "bool", "whole one-hot"],
+    ids=[
+        "column",
+        "count",
+        "classes",
+        "transposed",
+        "scalar",
+        "float",
+        "int32",
+        "bool",
+        "whole one-hot",
+        "none",
+        "mixup",
+    ],
 )
-def test_labels_that_do_not_fit(y: Tensor, error: type[Exception], message: str, look: bool) -> None:
-    with pytest.raises(error, match=message):
+def test_labels_that_do_not_fit(y: object, error: type[Exception], fix: str, look: bool) -> None:
+    with pytest.raises(error, match=re.escape(fix)):
         check_labels(LOGITS, y, look=look)
 
 
-@pytest.mark.parametrize(
-    ("y", "low", "high"), [([0, -100, 1], -100, 1), ([0, -1, 3], -1, 3), ([0, 4, 1], 0, 4), ([-1, 9, 0], -1, 9)]
-)
-def test_labels_out_of_range(y: list[int], low: int, high: int) -> None:
-    message = says(
-        f"Labels run from {low} to {high}, but the model has 4 classes, 0 to 3.",
-        "label -100",
-        "leave it out of the batch",
-    )
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("y", [[0, -100, 1], [0, -1, 3], [0, 4, 1], [-1, 9, 0]])
+def test_labels_out_of_range(y: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"from {min(y)} to {max(y)}"):
         check_labels(LOGITS, torch.tensor(y), look=True)
     check_labels(LOGITS, torch.tensor(y), look=False)
 
@@ -165,15 +153,14 @@ def test_radius_of_a_pixel(eps: float | Tensor, span: float | Tensor) -> None:
 @pytest.mark.parametrize(
     ("eps", "span", "found"),
     [
-        (4.0, 1.0, "eps=4 exceeds the whole pixel range of 1:"),
-        (1.01, 1.0, "eps=1.01 exceeds the whole pixel range of 1:"),
-        (torch.tensor([0.1, 2.0]).view(2, 1, 1), 1.0, "eps=2 exceeds the whole pixel range of 1:"),
-        (4.5, torch.tensor([4.0, 5.0]).view(2, 1, 1), "eps=4.5 exceeds the whole pixel range of 5:"),
+        (4.0, 1.0, "eps=4 "),
+        (1.01, 1.0, "eps=1.01 "),
+        (torch.tensor([0.1, 2.0]).view(2, 1, 1), 1.0, "eps=2 "),
+        (4.5, torch.tensor([4.0, 5.0]).view(2, 1, 1), "eps=4.5 "),
     ],
 )
 def test_radius_of_other_units(eps: float | Tensor, span: float | Tensor, found: str) -> None:
-    message = says(found, "write Linf(4 / 255), not Linf(4);", "Linf(4 / 255 / std)")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=found):
         check_radius(eps, span)
 
 
@@ -192,8 +179,7 @@ def test_pixels_within_bounds() -> None:
 def test_pixels_out_of_bounds(channel: int, side: str) -> None:
     x = torch.full((2, 2, 3, 3), 0.5)
     x[1, channel, 2, 0] = LOW[channel] - 1e-3 if side == "low" else HIGH[channel] + 1e-3
-    message = says("x lies in [", "outside the bounds [-1, 3]", "with_normalization", 'out_of_bounds="clamp"')
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="out_of_bounds"):
         check_bounds(x, LOW, HIGH)
 
 
@@ -204,12 +190,12 @@ def test_pixels_in_the_unit_of_bounds(lowest: float, highest: float) -> None:
 
 @pytest.mark.parametrize(("lowest", "highest"), [(-2.1, 0.5), (0.0, 2.6), (0.0, 255.0)])
 def test_pixels_in_another_unit_than_bounds(lowest: float, highest: float) -> None:
-    with pytest.raises(ValueError, match=r"far outside of the penalty's bounds \[0, 1\]: they are in another unit"):
+    with pytest.raises(ValueError, match="unit"):
         check_unit_of_bounds(lowest, highest, 0.0, 1.0)
 
 
 def test_pixels_out_of_bounds_are_named() -> None:
-    with pytest.raises(ValueError, match=says("x lies in [-0.47, 1.27], outside the bounds [0, 1].")):
+    with pytest.raises(ValueError, match=r"-0\.47, 1\.27"):
         check_bounds(torch.tensor([[-0.47, 0.5, 1.27]]), torch.tensor(0.0), torch.tensor(1.0))
 
 
@@ -221,8 +207,7 @@ def test_pixels_for_a_model_that_normalises(low: float, high: float) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-2.1, 0.5), (-1.0, 1.0), (-0.76, 0.0), (0.0, 2.01), (0.0, 255.0)])
 def test_pixels_that_are_normalised_already(low: float, high: float) -> None:
-    message = says(f"x lies in [{low:.3g}, {high:.3g}]", "normalised already, or in units of 0 to 255", "in [0, 1]")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="already"):
         check_not_normalized_twice(low, high)
 
 

@@ -81,14 +81,14 @@ def test_second_derivatives_are_right() -> None:
 class TestErrors:
     def test_averaged_loss(self) -> None:
         x = torch.rand(3, 2, requires_grad=True)
-        with pytest.raises(ValueError, match='reduction="none"'):
+        with pytest.raises(ValueError, match="reduction"):
             input_gradient(x.sum(), x)
-        with pytest.raises(ValueError, match='reduction="none"'):
+        with pytest.raises(ValueError, match="reduction"):
             input_gradient_of(lambda z: z.sum(), x)
 
     def test_loss_of_the_wrong_shape(self) -> None:
         x = torch.rand(3, 2, requires_grad=True)
-        with pytest.raises(ValueError, match=r"shape \(3,\), got shape \(3, 2\)"):
+        with pytest.raises(ValueError, match=r"\(3, 2\)"):
             input_gradient(x * 2, x)
 
     def test_input_that_does_not_require_grad(self) -> None:
@@ -106,13 +106,13 @@ class TestErrors:
     def test_losses_of_another_tensor(self) -> None:
         x = torch.rand(3, 2, requires_grad=True)
         other = torch.rand(3, 2, requires_grad=True)
-        with pytest.raises(RuntimeError, match="do not depend on x"):
+        with pytest.raises(RuntimeError, match="depend"):
             input_gradient(other.sum(1), x)
 
     @pytest.mark.parametrize(
-        ("problem", "mend"), [("non-empty donated buffers", "one_pass=True"), ("any", "preflight")]
+        ("problem", "fix"), [("non-empty donated buffers", "donated_buffer = False"), ("any", "preflight")]
     )
-    def test_a_backward_pass_that_raises(self, problem: str, mend: str) -> None:
+    def test_a_backward_pass_that_raises(self, problem: str, fix: str) -> None:
         x = torch.rand(3, 2, requires_grad=True)
         losses = x.sum(1)
 
@@ -120,8 +120,10 @@ class TestErrors:
             raise RuntimeError(problem)
 
         losses.register_hook(refuse)
-        with pytest.raises(RuntimeError, match=f"{problem}.*\n.*{mend}"):
+        with pytest.raises(RuntimeError, match=fix) as raised:
             input_gradient(losses, x)
+        assert str(raised.value.__cause__) == problem
+        assert problem in str(raised.value)
 
 
 def test_in_transform_knows_where_it_is() -> None:

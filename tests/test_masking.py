@@ -104,14 +104,14 @@ class TestNaturalNet:
         right = _right(digits)
         assert right > 38
         evidence = {flag.name: flag.evidence for flag in flags}
-        assert f"two passes over {len(digits.x)} samples" in evidence["random outputs"]
-        assert evidence["zero gradients"] == f"0 of {right} samples have an input gradient of exactly 0"
+        assert numbers(evidence["random outputs"])[0] == len(digits.x)
+        assert numbers(evidence["zero gradients"])[:2] == [0, right]
         losses = numbers(evidence["loss does not rise with steps"].split(":")[1])
         assert losses[0] < losses[1] < losses[3] <= losses[-1]
         n, one, many, steps = numbers(evidence["one step beats iterative"])
         assert (n, steps) == (right, 50)
         assert many <= one
-        assert evidence["survives any perturbation"].startswith(f"0 of {right} samples withstand PGD")
+        assert numbers(evidence["survives any perturbation"])[:2] == [0, right]
 
     def test_of_soft_labels_and_of_vectors(self, digits: Digits) -> None:
         hard = masking_checks(digits.net, digits.x, digits.y, EPS)
@@ -124,7 +124,8 @@ class TestNaturalNet:
         net = Behind(digits.net, lambda net, z: net(z * 0.3 + 0.13))
         flags = masking_checks(net, (digits.x - 0.13) / 0.3, digits.y, Linf(0.1 / 0.3), bounds=None)
         assert not raised(flags)
-        assert flags[-1] == Flag("survives any perturbation", False, "not looked at: the inputs have no bounds")
+        assert flags[-1].name == "survives any perturbation"
+        assert "no bounds" in flags[-1].evidence
 
 
 class TestMaskedNets:
@@ -137,7 +138,7 @@ class TestMaskedNets:
         net = Behind(digits.net, lambda net, z: net(rounded(z)))
         found = raised(masking_checks(net, digits.x, digits.y, EPS))
         right = _right(digits, net)
-        assert found["zero gradients"].evidence == f"{right} of {right} samples have an input gradient of exactly 0"
+        assert numbers(found["zero gradients"].evidence)[:2] == [right, right]
         assert "loss does not rise with steps" in found
         fooled, withstood, steps = numbers(found["black box beats white box"].evidence.split("fools")[1])
         assert (withstood, steps) == (right, 50)
@@ -152,7 +153,7 @@ class TestMaskedNets:
 
         found = raised(masking_checks(Behind(digits.net, without), digits.x, digits.y, EPS))
         right = _right(digits)
-        assert found["zero gradients"].evidence.startswith(f"{right} of {right} samples")
+        assert numbers(found["zero gradients"].evidence)[:2] == [right, right]
         assert "black box beats white box" in found
 
     def test_with_saturated_logits(self, digits: Digits) -> None:
@@ -207,12 +208,9 @@ class TestMaskedNets:
             return torch.cat([score, torch.zeros_like(score)], 1)
 
         found = raised(masking_checks(trap, torch.full((6, 1), 0.5), torch.zeros(6, dtype=torch.long), EPS))
-        assert (
-            found["one step beats iterative"].evidence
-            == "of 6 samples 0 withstand one step (FGSM) and 6 withstand 50 (PGD)"
-        )
+        assert numbers(found["one step beats iterative"].evidence) == [6, 0, 6, 50]
         assert "loss does not rise with steps" in found
-        assert "random search (100) fools 6 of the 6 samples" in found["black box beats white box"].evidence
+        assert numbers(found["black box beats white box"].evidence.split("fools")[1])[:2] == [6, 6]
 
 
 class TestSettings:
@@ -221,7 +219,7 @@ class TestSettings:
         flags = masking_checks(digits.net, digits.x, wrong, EPS)
         assert not raised(flags)
         assert [flag.name for flag in flags] == NAMES[:3]
-        assert flags[-1].evidence == "not looked at: no sample is classified right"
+        assert "classified right" in flags[-1].evidence
 
     def test_a_surrogate_shows_what_a_weak_search_does_not(self, digits: Digits) -> None:
         net = Behind(digits.net, lambda net, z: net((z * 255).round() / 255))
@@ -296,7 +294,7 @@ class TestInEvaluate:
 
     def test_look_at_more_samples_than_there_are(self, digits: Digits) -> None:
         report = evaluate(digits.net, [(digits.x[:7], digits.y[:7])], PGDAttack(EPS, steps=2), progress=False)
-        assert "two passes over 7 samples" in report.flags[0].evidence
+        assert numbers(report.flags[0].evidence)[0] == 7
 
     def test_in_the_threat_model_and_bounds_of_the_first_attack(self, digits: Digits) -> None:
         net = Behind(digits.net, lambda net, z: net(z * 0.3 + 0.13))

@@ -85,7 +85,7 @@ def test_evaluating_makes_the_model_deterministic() -> None:
 
 
 def test_functions_hide_their_modules() -> None:
-    with pytest.raises(TypeError, match=r"needs an nn\.Module, got function"), evaluating(lambda x: x):
+    with pytest.raises(TypeError, match="function"), evaluating(lambda x: x):
         pass
     with frozen_statistics(lambda x: x):
         pass

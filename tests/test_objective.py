@@ -3,6 +3,8 @@
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,27 +15,36 @@ from torch import Tensor, nn
 from gradreg import (
     L1,
     L2,
+    NFGSM,
     DoubleBackward,
     EdgeAlignmentPenalty,
     FiniteDifference,
+    GradientPenalty,
     GradNormPenalty,
     GradregWarning,
     Linf,
+    Noise,
     PenalizedLoss,
     PenalizedModel,
+    PGDAttack,
+    Point,
     Term,
     class_scores,
     constant,
+    cross_entropy,
     edge_alignment,
     grad_norm,
     input_gradient,
     linear_ramp,
+    margin,
+    oriented_energy,
     predicted_class,
     sampled_class,
     true_class,
     with_normalization,
 )
 
+import passes
 from cases import (
     CLASSES,
     MODELS,
@@ -49,7 +60,7 @@ TERMS = {
     "Linf": Term(GradNormPenalty(Linf(0.1)), weight=1.2),
     "L2": Term(GradNormPenalty(L2(0.4)), weight=1.2),
     "L1": Term(GradNormPenalty(L1(2.0)), weight=1.2),
-    "edges": Term(EdgeAlignmentPenalty(sigma=0.6), weight=0.5, of=true_class()),
+    "edges": Term(EdgeAlignmentPenalty(sigma=0.6, of=true_class()), weight=0.5),
 }
 
 
@@ -104,7 +115,7 @@ class TestGradients:
         with torch.no_grad():
             model[1].weight.zero_()
         for term in TERMS.values():
-            with pytest.warns(GradregWarning, match="exactly 0"):
+            with pytest.warns(GradregWarning, match="exactly"):
                 gradient = _gradient(_objective(p=term), model, x, y)
             assert all(torch.isfinite(g).all() for g in gradient)
 
@@ -149,7 +160,74 @@ class TestPublishedFormula:
             assert relative_error(found, expected_gradient) < 1e-10
 
 
+NETS: dict[str, Callable[[], nn.Module]] = {
+    **{name: lambda name=name: make_model(name) for name in ("conv", "group_norm", "attention", "shared")},
+    "dropout": lambda: make_model("dropout_eval").train(),
+}
+
+
+def _norm_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """0.8 CE + 1.2 eps |d CE / d x|_1, by two plain calls of autograd."""
+    leaf = x.clone().requires_grad_()
+    losses = F.cross_entropy(model(leaf), y, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+    return 0.8 * losses.mean() + 1.2 * 0.1 * grad.abs().flatten(1).sum(1).mean()
+
+
+def _both_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The same, and 0.5 (1 - cos) of the true class's gradient and the edges, from one forward pass."""
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    losses = F.cross_entropy(logits, y, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+    (of_class,) = torch.autograd.grad(sum(logits[i, k] for i, k in enumerate(y.tolist())), leaf, create_graph=True)
+    edges = oriented_energy(x, sigma=0.6)
+    cosines = F.cosine_similarity(of_class.flatten(1), edges.flatten(1), dim=1, eps=0)
+    norms = grad.abs().flatten(1).sum(1)
+    return 0.8 * losses.mean() + 1.2 * 0.1 * norms.mean() + 0.5 * (1 - cosines).mean()
+
+
+def _recommended_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """CE where a half of the batch is noisy, and a half took one signed step from there, all inside [0, 1].
+
+    A network that drops units drops the same ones of a sample that is attacked when it trains on it.
+    """
+    noisy = (x + Linf(0.1).sample_like(x)).clamp(0, 1)
+    taken, left = torch.randperm(len(x)).tensor_split([round(0.5 * len(x))])
+    mask = torch.get_rng_state()
+    leaf = noisy[taken].requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y[taken], reduction="sum"), leaf)
+    moved = (noisy[taken] + 0.1 * grad.sign()).clamp(0, 1)
+    after = torch.get_rng_state()
+    torch.set_rng_state(mask)
+    of_taken = F.cross_entropy(model(moved), y[taken], reduction="sum")
+    torch.set_rng_state(after)
+    return (of_taken + F.cross_entropy(model(noisy[left]), y[left], reduction="sum")) / len(x)
+
+
+BY_HAND: dict[str, tuple[PenalizedLoss, Callable[[nn.Module, Tensor, Tensor], Tensor]]] = {
+    "exact": (_objective(p=TERMS["Linf"]), _norm_by_hand),
+    "both": (_objective(p=TERMS["Linf"], q=TERMS["edges"]), _both_by_hand),
+    "recommended": (PenalizedLoss(at=NFGSM(Linf(0.1), share=0.5)), _recommended_by_hand),
+}
+
+
 class TestEquivalences:
+    @pytest.mark.parametrize("net", NETS)
+    @pytest.mark.parametrize("name", BY_HAND)
+    @pytest.mark.parametrize("seed", range(3))
+    def test_the_objective_is_the_loop_by_hand(self, name: str, net: str, seed: int) -> None:
+        model, (x, y) = NETS[net](), make_batch(6, seed=seed)
+        objective, by_hand = BY_HAND[name]
+        torch.manual_seed(seed)
+        total = objective(model, x, y).total
+        found = list(torch.autograd.grad(total, parameters_of(model)))
+        torch.manual_seed(seed)
+        expected_total = by_hand(model, x, y)
+        expected = list(torch.autograd.grad(expected_total, parameters_of(model)))
+        assert relative_error(total, expected_total) < 1e-12
+        assert relative_error(found, expected) < 1e-12
+
     def test_the_object_is_the_explicit_loop(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
         objective = _objective(grad_norm=TERMS["Linf"], edges=TERMS["edges"])
@@ -161,6 +239,14 @@ class TestEquivalences:
         norms = grad_norm(input_gradient(losses, leaf), Linf(0.1))
         angles = edge_alignment(input_gradient(class_scores(logits, y), leaf), x, sigma=0.6)
         total = 0.8 * losses.mean() + 1.2 * norms.mean() + 0.5 * angles.mean()
+        assert relative_error(found, list(torch.autograd.grad(total, parameters_of(model)))) < 1e-12
+
+    def test_the_object_is_the_loop_over_a_point(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        found = _gradient(_objective(a=TERMS["Linf"], b=TERMS["edges"]), model, x, y)
+        point = Point(model, cross_entropy, x, y)
+        penalties = [term.weight * term.penalty(point).mean() for term in (TERMS["Linf"], TERMS["edges"])]
+        total = 0.8 * point.losses.mean() + sum(penalties)
         assert relative_error(found, list(torch.autograd.grad(total, parameters_of(model)))) < 1e-12
 
     @pytest.mark.parametrize("differentiation", [DoubleBackward(), FiniteDifference(0.25)])
@@ -191,20 +277,12 @@ class TestWork:
         model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         return model, calls
 
-    def test_terms_share_one_forward_and_one_gradient_per_score(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import gradreg.scoring
-
-        taken: list[Tensor] = []
-
-        def spy(losses: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:
-            taken.append(losses)
-            return input_gradient(losses, x, create_graph=create_graph)
-
-        monkeypatch.setattr(gradreg.scoring, "input_gradient", spy)
-        (model, calls), (x, y) = self._counting(make_model("conv")), make_batch()
-        _objective(a=TERMS["Linf"], b=TERMS["L2"], c=TERMS["edges"], d=TERMS["edges"])(model, x, y)
-        assert calls == [1]
-        assert len(taken) == 2
+    def test_terms_share_one_forward_and_one_gradient_per_score(self) -> None:
+        x, y = make_batch(dtype=torch.float32)
+        objective = _objective(a=TERMS["Linf"], b=TERMS["L2"], c=TERMS["edges"], d=TERMS["edges"])
+        found = passes.count(make_model("conv", torch.float32), lambda model: objective(model, x, y), len(x))
+        del found["flops"]
+        assert found == {"forward": 1, "to inputs": 2, "to weights": 0, "second": 0}
 
     def test_equal_selectors_draw_one_class(self) -> None:
         model, (x, y) = make_model("conv"), make_batch(64)
@@ -214,22 +292,19 @@ class TestWork:
             seen.append(grad)
             return grad.flatten(1).sum(1)
 
-        term = Term(remember, of=sampled_class(5.0))
-        _objective(a=term, b=Term(remember, of=sampled_class(5.0)), c=Term(remember, of=sampled_class(4.0)))(
-            model, x, y
-        )
+        temperatures = {"a": 5.0, "b": 5.0, "c": 4.0}
+        terms = {name: Term(GradientPenalty(remember, of=sampled_class(t))) for name, t in temperatures.items()}
+        _objective(**terms)(model, x, y)
         assert torch.equal(seen[0], seen[1])
         assert not torch.equal(seen[0], seen[2])
 
     def test_a_term_without_weight_costs_nothing_and_is_not_reported(self) -> None:
         (model, _), (x, y) = self._counting(make_model("conv")), make_batch()
 
-        def never(grad: Tensor, x: Tensor) -> Tensor:
+        def never(point: Point) -> Tensor:
             raise AssertionError("a term of weight 0 was evaluated")
 
-        objective = _objective(
-            ramp=Term(never, weight=linear_ramp(1.0, duration=10)), off=Term(never, weight=0.0, of=true_class())
-        )
+        objective = _objective(ramp=Term(never, weight=linear_ramp(1.0, duration=10)), off=Term(never, weight=0.0))
         out = objective(model, x, y, t=0)
         assert out.penalties == {}
         assert torch.allclose(out.total, 0.8 * out.loss, rtol=1e-15)
@@ -246,7 +321,7 @@ class TestWork:
             assert x.grad is None
 
     def test_a_first_layer_that_works_in_place_is_harmless(self) -> None:
-        _, (x, y) = None, make_batch()
+        x, y = make_batch()
         head = make_model("conv")
         in_place = nn.Sequential(nn.SiLU(inplace=True), head)
         out_of_place = nn.Sequential(nn.SiLU(), head)
@@ -280,17 +355,17 @@ class TestWeights:
     @pytest.mark.usefixtures("unchecked")
     def test_a_schedule_needs_the_clock(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
-        with pytest.raises(ValueError, match="t=step"):
+        with pytest.raises(ValueError, match="schedule"):
             _objective(p=Term(GradNormPenalty(Linf(0.1)), weight=linear_ramp(2.0, duration=10)))(model, x, y)
 
     @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
     def test_must_be_finite_and_not_negative(self, weight: float) -> None:
         model, (x, y) = make_model("conv"), make_batch()
-        with pytest.raises(ValueError, match="finite and at least 0"):
+        with pytest.raises(ValueError, match="finite"):
             Term(GradNormPenalty(Linf(0.1)), weight=weight)
-        with pytest.raises(ValueError, match="finite and at least 0"):
+        with pytest.raises(ValueError, match="finite"):
             PenalizedLoss(per_sample_cross_entropy, {}, loss_weight=weight)
-        with pytest.raises(ValueError, match="finite and at least 0"):
+        with pytest.raises(ValueError, match="finite"):
             _objective(p=Term(GradNormPenalty(Linf(0.1)), weight=constant(weight)))(model, x, y, t=0)
 
 
@@ -300,17 +375,16 @@ class TestScores:
         leaf = x.clone().requires_grad_()
         logits = model(leaf)
         for selector, classes in ((true_class(), y), (predicted_class(), logits.argmax(1))):
-            out = _objective(p=Term(GradNormPenalty(L2(1.0)), of=selector))(model, x, y)
+            out = _objective(p=Term(GradNormPenalty(L2(1.0), of=selector)))(model, x, y)
             grad = input_gradient(class_scores(logits, classes), leaf)
             assert torch.allclose(out.penalties["p"], grad.flatten(1).norm(dim=1), rtol=1e-10)
 
     def test_given_classes_replace_the_choice(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
-        drawn = Term(GradNormPenalty(L2(1.0)), of=sampled_class(0.5))
+        drawn = Term(GradNormPenalty(L2(1.0), of=sampled_class(0.5)))
         given = _objective(p=drawn)(model, x, y, classes=y)
-        assert torch.equal(
-            given.total, _objective(p=Term(GradNormPenalty(L2(1.0)), of=true_class()))(model, x, y).total
-        )
+        of_labels = Term(GradNormPenalty(L2(1.0), of=true_class()))
+        assert torch.equal(given.total, _objective(p=of_labels)(model, x, y).total)
 
     def test_soft_and_hard_labels_agree(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
@@ -328,6 +402,89 @@ class TestScores:
         leaf = x.clone().requires_grad_()
         expected = input_gradient(squared_error(model(leaf), y), leaf).flatten(1).norm(dim=1)
         assert torch.allclose(objective(model, x, y).penalties["p"], expected, rtol=1e-12)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "no penalty": {},
+    "exact": {"terms": {"p": Term(GradNormPenalty(Linf(0.1)))}},
+    "finite difference": {"terms": {"p": Term(GradNormPenalty(Linf(0.1)))}, "differentiation": FiniteDifference()},
+    "fraction": {"terms": {"p": Term(GradNormPenalty(Linf(0.1)))}, "fraction": 0.5},
+    "noise": {"at": Noise(Linf(0.1))},
+    "half attacked": {"at": NFGSM(Linf(0.1), share=0.5)},
+    "half attacked, with a penalty": {
+        "at": NFGSM(Linf(0.1), share=0.5),
+        "terms": {"p": Term(GradNormPenalty(Linf(0.1)))},
+    },
+    "adversarial": {"at": PGDAttack(Linf(0.1), steps=2, best=False)},
+}
+REAL = torch.rand(6, CLASSES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+TASKS: dict[str, tuple[Callable[[Tensor, Any], Tensor], Any]] = {
+    "regression": (lambda out, y: (out - y).square().sum(1), REAL),
+    "regression of one number": (lambda out, y: (out[:, 0] - y).square(), REAL[:, 0]),
+    "embeddings": (
+        lambda out, y: 1 - F.cosine_similarity(out, y["anchor"]) + y["margin"], {"anchor": REAL, "margin": 0.2},
+    ),
+    "mean and variance": (
+        lambda out, y: F.gaussian_nll_loss(out[:, 0], y, out[:, 1].exp(), reduction="none"), REAL[:, 0],
+    ),
+    "survival": (lambda out, y: y[1] * out[:, 0] + out[:, 0].neg().exp() * y[0], (REAL[:, 0], REAL[:, 1].round())),
+    "mixup": (
+        lambda out, y: y[2] * cross_entropy(out, y[0]) + (1 - y[2]) * cross_entropy(out, y[1]),
+        (torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([3, 3, 1, 0, 2, 2]), 0.3),
+    ),
+    "several tasks": (
+        lambda out, y: cross_entropy(out[:, :2], y["sex"]) + (out[:, 2] - y["age"]).square(),
+        {"sex": torch.tensor([0, 1, 1, 0, 0, 1]), "age": REAL[:, 0]},
+    ),
+    "names": (lambda out, y: out[:, 0] * out.new_tensor([len(name) for name in y]), ["a", "bb", "c", "dd", "ee", "f"]),
+    "nothing": (lambda out, y: out.square().sum(1), None),
+}  # fmt: skip
+
+
+class TestLabels:
+    """What a criterion takes is its user's business, unless it is known to take labels of classes."""
+
+    @pytest.mark.parametrize("step", STEPS)
+    @pytest.mark.parametrize("task", TASKS)
+    def test_labels_of_any_task_come_to_the_criterion(self, task: str, step: str) -> None:
+        criterion, y = TASKS[task]
+        model, (x, _) = make_model("conv"), make_batch(6)
+        out = PenalizedLoss(criterion, **STEPS[step])(model, x, y)
+        out.total.backward()
+        assert out.logits.shape == (6, CLASSES)
+        expected = criterion(model(out.x), y).mean()
+        assert torch.allclose(out.loss, expected, rtol=1e-12)
+        if step in ("no penalty", "noise", "half attacked", "adversarial"):
+            found = [parameter.grad for parameter in model.parameters()]
+            assert relative_error(found, list(torch.autograd.grad(expected, parameters_of(model)))) < 1e-12
+
+    @pytest.mark.parametrize("step", STEPS)
+    def test_labels_stay_with_their_samples(self, step: str) -> None:
+        """A second input says which sample it is, and so does every label."""
+        model, (x, _) = make_model("conv"), make_batch(6)
+        numbers, seen = torch.arange(6), []
+
+        def numbered(image: Tensor, number: Tensor) -> Tensor:
+            return torch.cat([model(image), number[:, None].to(image)], 1)
+
+        def criterion(out: Tensor, y: tuple[dict[str, Tensor], list[int], float]) -> Tensor:
+            labels, numbers, shared = y
+            seen.append(numbers)
+            assert out[:, -1].tolist() == labels["number"].tolist() == numbers
+            assert shared == 0.5
+            return out[:, :-1].square().sum(1)
+
+        PenalizedLoss(criterion, **STEPS[step])(numbered, (x, numbers), ({"number": numbers}, numbers.tolist(), 0.5))
+        last = seen[-1] if len(seen[-1]) == 6 else [*seen[-2], *seen[-1]]  # in one pass, or in two of a half
+        assert sorted(last) == list(range(6))
+
+    @pytest.mark.parametrize("step", STEPS)
+    @pytest.mark.parametrize("criterion", [cross_entropy, per_sample_cross_entropy, margin])
+    def test_labels_of_classes_are_checked(self, criterion: Callable[[Tensor, Tensor], Tensor], step: str) -> None:
+        model, (x, y) = make_model("conv"), make_batch(6)
+        y[0] = -100
+        with pytest.raises(ValueError, match="-100"):
+            PenalizedLoss(criterion, **STEPS[step])(model, x, y)
 
 
 class TestContracts:
@@ -442,7 +599,7 @@ class TestPrecision:
 
 @pytest.mark.usefixtures("unchecked")
 class TestBadInput:
-    """Each row of DESIGN.md section 5 that an objective can see: a message with the mend, and nothing half-changed."""
+    """What an objective can see to be wrong: a message that tells, and nothing half-changed."""
 
     def _fails(
         self, error: type[Exception], match: str, model: object, x: Tensor, y: Tensor, **options: object
@@ -457,16 +614,16 @@ class TestBadInput:
     def test_images_of_bytes(self) -> None:
         _, y = make_batch()
         x = torch.randint(0, 256, (5, 2, 6, 6), dtype=torch.uint8)
-        self._fails(TypeError, r"x.float\(\) / 255", make_model("conv"), x, y)
+        self._fails(TypeError, "float", make_model("conv"), x, y)
 
     def test_not_a_number(self) -> None:
         x, y = make_batch()
         x[2, 0, 0, 0] = float("nan")
-        self._fails(ValueError, "1 values that are NaN", make_model("conv"), x, y)
+        self._fails(ValueError, "NaN", make_model("conv"), x, y)
 
     def test_no_batch(self) -> None:
         x, y = make_batch()
-        self._fails(ValueError, "at least one sample", make_model("conv"), x[:0], y[:0])
+        self._fails(ValueError, "batch", make_model("conv"), x[:0], y[:0])
 
     def test_ignored_label(self) -> None:
         x, y = make_batch()
@@ -476,39 +633,39 @@ class TestBadInput:
     def test_label_out_of_range(self) -> None:
         x, y = make_batch()
         y[0] = CLASSES
-        self._fails(ValueError, "4 classes, 0 to 3", make_model("conv"), x, y)
+        self._fails(ValueError, "4 classes", make_model("conv"), x, y)
 
     @pytest.mark.parametrize(
         ("mangle", "error", "match"),
         [
-            (lambda y: y.int(), TypeError, r"y.long\(\)"),
-            (lambda y: y.double(), TypeError, r"y.long\(\)"),
-            (lambda y: y[:, None], ValueError, r"y.squeeze\(1\)"),
-            (lambda y: F.one_hot(y, CLASSES), TypeError, "as real numbers"),
-            (lambda y: F.one_hot(y, CLASSES + 1).double(), ValueError, r"probabilities of shape \(5, 4\)"),
-            (lambda y: y[:3], ValueError, r"classes of shape \(5,\)"),
+            (lambda y: y.int(), TypeError, "long"),
+            (lambda y: y.double(), TypeError, "long"),
+            (lambda y: y[:, None], ValueError, "squeeze"),
+            (lambda y: F.one_hot(y, CLASSES), TypeError, "argmax"),
+            (lambda y: F.one_hot(y, CLASSES + 1).double(), ValueError, "probabilities"),
+            (lambda y: y[:3], ValueError, "classes"),
         ],
     )
     def test_labels_of_another_kind(self, mangle: object, error: type[Exception], match: str) -> None:
         x, y = make_batch()
         self._fails(error, match, make_model("conv"), x, mangle(y))
 
-    @pytest.mark.parametrize("wrap", [lambda out: (out, out), lambda out: {"logits": out}])
-    def test_a_model_that_returns_no_tensor(self, wrap: object) -> None:
+    @pytest.mark.parametrize("wrap", [lambda out: (out, out), lambda out: {"scores": out}, lambda out: None])
+    def test_a_model_that_returns_no_logits(self, wrap: object) -> None:
         model = make_model("conv")
-        self._fails(TypeError, "Wrap the model in a module", lambda z: wrap(model(z)), *make_batch())
+        self._fails(TypeError, "output", lambda z: wrap(model(z)), *make_batch())
 
     def test_a_criterion_that_averages(self) -> None:
         reduced = nn.CrossEntropyLoss()
-        self._fails(ValueError, r'CrossEntropyLoss\(reduction="none"\)', None, *make_batch(), criterion=reduced)
+        self._fails(ValueError, "reduction", None, *make_batch(), criterion=reduced)
         mean = lambda logits, y: F.cross_entropy(logits, y)  # noqa: E731
-        self._fails(ValueError, 'reduction="none"', make_model("conv"), *make_batch(), criterion=mean)
+        self._fails(ValueError, "reduction", make_model("conv"), *make_batch(), criterion=mean)
 
     def test_disabled_grad(self) -> None:
         with torch.no_grad():
-            self._fails(RuntimeError, "validation loss", make_model("conv"), *make_batch())
+            self._fails(RuntimeError, "disabled", make_model("conv"), *make_batch())
         with torch.inference_mode():
-            self._fails(RuntimeError, "validation loss", make_model("conv"), *make_batch())
+            self._fails(RuntimeError, "disabled", make_model("conv"), *make_batch())
 
     def test_inference_tensors_are_copied(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
@@ -540,33 +697,33 @@ class TestBadInput:
 
     def test_a_model_that_detaches(self) -> None:
         model = make_model("conv")
-        self._fails(RuntimeError, "do not depend on x", lambda z: model(z.detach()), *make_batch())
+        self._fails(RuntimeError, "depend", lambda z: model(z.detach()), *make_batch())
 
     @pytest.mark.parametrize("eps", [4, 1.01, torch.full((2, 1, 1), 8.0)])
     def test_eps_in_another_unit(self, eps: float | Tensor) -> None:
         x, y = make_batch()
         objective = PenalizedLoss(per_sample_cross_entropy, {"p": Term(GradNormPenalty(Linf(eps)))})
-        with pytest.raises(ValueError, match=r"Linf\(4 / 255\), not Linf\(4\)"):
+        with pytest.raises(ValueError, match="unit"):
             objective(make_model("conv"), x, y)
 
     def test_normalised_twice(self) -> None:
         x, y = make_batch()
         model = with_normalization(make_model("conv"), [0.5] * 2, [0.2] * 2).double()
-        self._fails(ValueError, "normalised already", model, (x - 0.5) / 0.2, y)
-        self._fails(ValueError, "0 to 255", model, x * 255, y)
+        self._fails(ValueError, "already", model, (x - 0.5) / 0.2, y)
+        self._fails(ValueError, "already", model, x * 255, y)
 
     def test_piecewise_linear_activations_are_named_once(self) -> None:
         x, y = make_batch()
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
         objective = _objective()
-        with pytest.warns(GradregWarning, match=r"smoothify\(model\)"):
+        with pytest.warns(GradregWarning, match="smoothify"):
             objective(model, x, y)
         objective(model, x, y)
 
     def test_a_compiled_model_is_named(self) -> None:
         x, y = make_batch()
-        with pytest.warns(GradregWarning, match="Compile the whole step"):
+        with pytest.warns(GradregWarning, match="compiled"):
             _objective()(torch.compile(make_model("conv"), backend="eager"), x, y)
 
     def test_fused_attention_is_named_before_it_raises(self) -> None:
@@ -574,26 +731,26 @@ class TestBadInput:
         attention = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, activation="gelu", batch_first=True)
         model = nn.Sequential(nn.Flatten(1, 2), attention, nn.Flatten(), nn.Linear(72, CLASSES)).double()
         x, y = make_batch()
-        with pytest.warns(GradregWarning, match="fused attention"):
+        with pytest.warns(GradregWarning, match="attention"):
             out = _objective()(model, x, y)
-        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+        with pytest.raises(RuntimeError, match="derivative"):
             out.total.backward()
 
     def test_a_penalty_of_the_wrong_shape_is_named(self) -> None:
         x, y = make_batch()
-        objective = _objective(total=Term(lambda grad, x: grad.abs().sum()))
-        with pytest.raises(ValueError, match="the penalty of term 'total'"):
+        objective = _objective(total=Term(lambda point: point.gradient().abs().sum()))
+        with pytest.raises(ValueError, match="'total'"):
             objective(make_model("conv"), x, y)
 
     def test_arguments_in_another_order(self) -> None:
         x, y = make_batch()
-        with pytest.raises(TypeError, match=r"order of arguments is \(model, x, y\)"):
+        with pytest.raises(TypeError, match="order"):
             _objective()(x, make_model("conv"), y)
 
     def test_what_hides_inside_a_wrapper_is_named(self) -> None:
         x, y = make_batch()
         compiled = with_normalization(torch.compile(make_model("conv"), backend="eager"), [0.5] * 2, [0.2] * 2).double()
-        with pytest.warns(GradregWarning, match="Compile the whole step"):
+        with pytest.warns(GradregWarning, match="compiled"):
             _objective()(compiled, x, y)
 
     def test_batch_norm_in_training_mode_is_named_once(self) -> None:
@@ -607,11 +764,11 @@ class TestBadInput:
     def test_an_input_with_a_graph(self) -> None:
         x, y = make_batch()
         upstream = torch.ones(1, dtype=torch.float64, requires_grad=True)
-        self._fails(RuntimeError, "carries a graph", make_model("conv"), x * upstream, y)
+        self._fails(RuntimeError, "graph", make_model("conv"), x * upstream, y)
 
     def test_bytes_for_a_penalty_of_pixels(self) -> None:
         x, y = make_batch()
-        with pytest.warns(GradregWarning, match="x / 255"):
+        with pytest.warns(GradregWarning, match="bytes"):
             _objective()(make_model("conv"), x * 255, y)
 
     def test_reentrant_checkpointing_points_to_preflight(self) -> None:
@@ -635,24 +792,26 @@ class TestBadInput:
         assert criterion.scale.grad is not None
 
     def test_what_is_no_differentiation(self) -> None:
-        with pytest.raises(TypeError, match=r"DoubleBackward\(\) or FiniteDifference"):
+        with pytest.raises(TypeError, match="DoubleBackward"):
             PenalizedLoss(per_sample_cross_entropy, {}, differentiation=DoubleBackward)
-        with pytest.raises(TypeError, match="terms are named"):
+        with pytest.raises(TypeError, match="named"):
             PenalizedLoss(per_sample_cross_entropy, [TERMS["Linf"]])
-        with pytest.raises(TypeError, match=r"GradNormPenalty\(Linf"):
+        with pytest.raises(TypeError, match="GradNormPenalty"):
             Term(Linf(0.1))
 
     def test_class_scores_of_other_shapes(self) -> None:
-        with pytest.raises(ValueError, match=r"logits of shape \(B, K\)"):
+        with pytest.raises(ValueError, match="logits"):
             class_scores(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))
-        with pytest.raises(ValueError, match=r"classes of shape \(B,\)"):
+        with pytest.raises(ValueError, match="classes"):
             class_scores(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
 
     def test_what_is_no_term(self) -> None:
-        with pytest.raises(TypeError, match=r"Term\(penalty, weight\)"):
+        with pytest.raises(TypeError, match="Term"):
             PenalizedLoss(per_sample_cross_entropy, {"p": GradNormPenalty(Linf(0.1))})
-        with pytest.raises(TypeError, match=r"sampled_class\(0.5\)"):
-            Term(GradNormPenalty(Linf(0.1)), of="loss")
+        with pytest.raises(TypeError, match="GradientPenalty"):
+            Term(lambda grad, x: grad.flatten(1).sum(1))
+        with pytest.raises(TypeError, match="NFGSM"):
+            PenalizedLoss(at=Linf(0.1))
 
     def test_inner_scale(self) -> None:
         with pytest.raises(ValueError, match="inner_scale"):

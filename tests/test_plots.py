@@ -13,16 +13,27 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from gradreg import FGSM, Linf, PGDAttack, Proportion, RobustnessCurve, accuracy_curve, input_gradient, margin, plots
+from gradreg import (
+    FGSM,
+    GradNormPenalty,
+    Linf,
+    PGDAttack,
+    Point,
+    Proportion,
+    RobustnessCurve,
+    accuracy_curve,
+    cross_entropy,
+    input_gradient,
+    margin,
+    plots,
+)
 from gradreg.statistics import (
     Curvature,
     EdgeCorrelation,
-    GradientNorm,
     HessianNorm,
     LogHistogram,
     Loss,
     Measurements,
-    Point,
     gradient_histograms,
     measure,
     measure_along,
@@ -48,8 +59,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def measured(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor]) -> dict[str, Measurements]:
-    statistics = [Loss(), GradientNorm(), EdgeCorrelation()]
-    return {name: measure(model, [batch], statistics, progress=False) for name, model in models.items()}
+    penalties = {"loss": Loss(), "gradient L1": GradNormPenalty(Linf(1.0)), "correlation": EdgeCorrelation()}
+    return {name: measure(model, [batch], penalties, progress=False) for name, model in models.items()}
 
 
 def drawn(figure: Figure) -> dict[str, Any]:
@@ -81,7 +92,7 @@ FIGURES: dict[str, Callable[[dict[str, nn.Module], tuple[Tensor, Tensor]], Figur
         ["loss", "curvature"],
     ),
     "convergence": lambda models, batch: plots.convergence(
-        {n: HessianNorm(4).path(Point(m.eval(), *batch, twice=True)) for n, m in models.items()}
+        {n: HessianNorm(4).path(Point(m.eval(), cross_entropy, *batch)).detach() for n, m in models.items()}
     ),
     "accuracy_per_epoch": lambda models, batch: plots.accuracy_per_epoch({n: [10.0, 20.0] for n in models}),
     "front": lambda models, batch: plots.front({"one": (1.0, Proportion(3, 9)), "two": (2.0, Proportion(8, 9))}),
@@ -168,7 +179,7 @@ def test_sizes_are_densities_and_say_how_many_are_zero() -> None:
     assert line.get_ydata().tolist() == histogram.density()[1]
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient L1", "correlation of gradient and edges"])
+@pytest.mark.parametrize("name", ["loss", "gradient L1", "correlation"])
 def test_distributions_hold_every_sample(measured: dict[str, Measurements], name: str) -> None:
     figure = plots.distributions(measured, name, bins=5)
     axes = figure.axes[0]
@@ -189,11 +200,17 @@ def test_scatter_shows_the_pixels_and_the_correlation(
     statistic = EdgeCorrelation(edges_only=True, clamp=0.2)
     figure = plots.edge_scatter(models, x, y, statistic)
     for axes, (name, model) in zip(figure.axes, models.items(), strict=True):
-        sizes, energies, counted = statistic.pixels(Point(model.eval(), x, y))
+        point = Point(model.eval(), cross_entropy, x, y)
+        sizes, energies, counted = statistic.pixels(point)
         (dots,) = axes.collections
         expected = torch.stack([energies[counted], sizes[counted]], 1)
-        assert torch.allclose(torch.tensor(dots.get_offsets().data), expected)
-        assert axes.get_title() == f"{name}\ncorrelation {statistic(model, x, y).item():+.2f}"
+        assert torch.allclose(torch.tensor(dots.get_offsets().data), expected.detach())
+        assert axes.get_title() == f"{name}\ncorrelation {statistic(point).item():+.2f}"
+
+
+def test_scatter_of_a_flat_image_has_no_correlation(models: dict[str, nn.Module]) -> None:
+    figure = plots.edge_scatter(models, torch.full((1, *SHAPE), 0.5), torch.tensor([0]), EdgeCorrelation())
+    assert all("nan" in axes.get_title() for axes in figure.axes)
 
 
 def test_along_an_attack_means_are_drawn(models: dict[str, nn.Module], batch: tuple[Tensor, Tensor]) -> None:

@@ -181,6 +181,10 @@ def test_claims_hold_what_was_measured(small: Path) -> None:
     assert table[2].endswith(f"| {claim['models']['PGD-3']['verdict']}: {claim['models']['PGD-3']['here']} |")
 
 
+def test_networks_of_the_digits_are_those_of_the_quickstart() -> None:
+    assert set(subjects.TRAINED) <= set(quickstart.METHODS)
+
+
 def test_every_statistic_that_a_claim_names_is_measured() -> None:
     settings = findings.Settings(0.1)
     named = {claim.ask.__closure__[0].cell_contents for claim in claims.CLAIMS if claim.ask.__closure__}

@@ -10,13 +10,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from gradreg import Linf
+from gradreg import NFGSM, Linf, PenalizedLoss, constant
 
 import fashion_mnist
 from study import claims, data, points, report, runs
 from study.methods import ABLATIONS, ALL, CONDITIONS, METHODS
 from study.models import NETS, build
+from study.noisy_differences import NoisyDifferences
 from study.points import CURVE, Points, Results, Setting, key
 from study.runs import Run, pack, stepper, unpack
 
@@ -146,6 +149,84 @@ def test_every_method_trains_every_net(method: str, net: str) -> None:
         step(model, optimizer, torch.rand(8, 1, 28, 28), torch.arange(8) % 10, t)
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class TestNoisyDifferences:
+    """In float64, against the objective that a finite difference of the penalty stands for, written by hand."""
+
+    EPS, LOSS_WEIGHT = 0.1, 0.8
+
+    @pytest.fixture
+    def batch(self) -> tuple[nn.Module, Tensor, Tensor]:
+        torch.manual_seed(0)
+        model = build("convnet", "gelu", seed=0).double()
+        return model, torch.randn(8, 1, 28, 28, dtype=torch.float64).clamp(0, 1), torch.arange(8) % 10
+
+    def gradients(self, model: nn.Module, total: Tensor) -> Tensor:
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(total, list(model.parameters()))])
+
+    def by_hand(
+        self, model: nn.Module, x: Tensor, y: Tensor, weight: float, step: float, noise: float, bounded: bool, share: float
+    ) -> Tensor:
+        low, high = (0.0, 1.0) if bounded else (-torch.inf, torch.inf)
+        if noise:
+            x = (x + noise * self.EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(low, high)
+        drawn = torch.arange(len(x)) if share == 1 else torch.randperm(len(x))[: round(share * len(x))]
+        leaf = x[drawn].requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y[drawn], reduction="sum"), leaf)
+        limits = (low - x[drawn], high - x[drawn])
+        stepped = x[drawn] + step * (self.EPS * grad.sign()).clamp(*limits)
+        rise = F.cross_entropy(model(stepped), y[drawn]) - F.cross_entropy(model(x[drawn]), y[drawn])
+        return self.LOSS_WEIGHT * F.cross_entropy(model(x), y) + weight / step * rise
+
+    @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+    @pytest.mark.parametrize("bounded", [True, False])
+    @pytest.mark.parametrize(("weight", "step", "noise"), [(0.4, 1.0, 1.0), (0.6, 1.0, 0.0), (1.2, 0.25, 0.0)])
+    def test_gradient_is_that_of_the_difference(
+        self, batch: tuple[nn.Module, Tensor, Tensor], weight: float, step: float, noise: float, bounded: bool, share: float
+    ) -> None:
+        model, x, y = batch
+        bounds = (0.0, 1.0) if bounded else None
+        objective = NoisyDifferences(Linf(self.EPS), constant(weight), step=step, noise=noise, bounds=bounds, share=share)
+        torch.manual_seed(1)
+        found = self.gradients(model, objective(model, x, y, t=0).total)
+        torch.manual_seed(1)
+        expected = self.gradients(model, self.by_hand(model, x, y, weight, step, noise, bounded, share))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+
+    def test_without_weight_it_is_the_loss_at_noise(self, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+        model, x, y = batch
+        out = NoisyDifferences(Linf(self.EPS), constant(0.0))(model, x, y, t=0)
+        assert not out.x.equal(x)
+        assert out.penalties == {}
+        assert out.total.item() == pytest.approx(self.LOSS_WEIGHT * F.cross_entropy(model(out.x), y).item())
+
+    @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+    def test_n_fgsm_on_a_share_is_a_member(self, batch: tuple[nn.Module, Tensor, Tensor], share: float) -> None:
+        model, x, y = batch
+        threat = Linf(self.EPS)
+        found = []
+        for objective in (
+            NoisyDifferences(threat, constant(share), loss_weight=1.0, share=share),
+            PenalizedLoss(at=NFGSM(threat, share=share)),
+        ):
+            torch.manual_seed(1)
+            found.append(self.gradients(model, objective(model, x, y, t=0).total))
+        torch.testing.assert_close(*found, rtol=0, atol=1e-12 * found[1].abs().max().item())
+
+    def test_samples_keep_their_places(self, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+        model, x, y = batch
+        out = NoisyDifferences(Linf(self.EPS), constant(0.4), share=0.5)(model, x, y, t=0)
+        torch.testing.assert_close(out.logits, model(out.x).detach())
+        assert out.loss.item() == pytest.approx(F.cross_entropy(out.logits, y).item())
+
+
+def test_the_radius_of_an_attack_rises() -> None:
+    """As the weight of a penalty does: from nothing to all of it at the end of the warm-up."""
+    objective, model = ALL["FGSM"].objective(Linf(0.1), 4), build("convnet", "gelu", seed=0)
+    x = torch.full((2, 1, 28, 28), 0.5)
+    moved = [(objective(model, x, torch.tensor([0, 1]), t).x - x).abs().max().item() for t in (0, 1, 2, 4, 8)]
+    assert moved == pytest.approx([0, 0.025, 0.05, 0.1, 0.1], abs=1e-6)
 
 
 def test_verdicts_are_packed_without_loss() -> None:

@@ -10,15 +10,25 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from gradreg import (
+    FGSM,
     L1,
     L2,
+    NFGSM,
+    Attack,
+    EdgeAlignmentPenalty,
     FiniteDifference,
     Linf,
+    Noise,
     PenalizedLoss,
+    PGDAttack,
+    Point,
+    Term,
+    ThreatModel,
     edge_alignment,
     grad_norm,
     input_gradient_of,
     sampled_class,
+    true_class,
 )
 
 from cases import (
@@ -107,10 +117,25 @@ def test_batch_norm_in_training_mode_under_functional_call() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+def two_points(point: Point) -> Tensor:
+    """A penalty of two gradients."""
+    there = point.at(point.x + 0.05 * point.x.cos()).gradient()
+    return (point.gradient() - there).flatten(1).square().sum(1)
+
+
+DIFFERENCES = {
+    "both": OBJECTIVES["both"],
+    "two points": {"p": Term(two_points, 0.7)},
+    "two scores": {"p": Term(lambda point: (point.gradient() * point.gradient(true_class())).flatten(1).sum(1))},
+}
+
+
 @pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_finite_differences_under_grad_vmap_and_jvp(scheme: str) -> None:
+@pytest.mark.parametrize("terms", DIFFERENCES)
+def test_finite_differences_under_grad_vmap_and_jvp(terms: str, scheme: str) -> None:
     model, (x, y) = make_model("conv"), make_batch()
-    objective = make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme))
+    difference = FiniteDifference(0.1, Linf(0.1), scheme)
+    objective = PenalizedLoss(per_sample_cross_entropy, DIFFERENCES[terms], loss_weight=0.8, differentiation=difference)
     expected = objective_gradient(objective, model, x, y)
 
     whole = grad(lambda p: _total(objective, model, p, x, y))(_parameters(model))
@@ -124,6 +149,113 @@ def test_finite_differences_under_grad_vmap_and_jvp(scheme: str) -> None:
     _, slope = jvp(lambda p: _total(objective, model, p, x, y), (_parameters(model),), (tangents,))
     product = sum((g * t).sum() for g, t in zip(expected, tangents.values(), strict=True))
     assert relative_error(slope, product) < 1e-9
+
+
+@pytest.mark.parametrize("terms", DIFFERENCES)
+def test_penalties_of_several_gradients_under_grad(terms: str) -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    objective = PenalizedLoss(per_sample_cross_entropy, DIFFERENCES[terms])
+    found = grad(lambda p: _total(objective, model, p, x, y))(_parameters(model))
+    assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-12
+
+
+PLACES: dict[str, Attack] = {
+    "noise": Noise(Linf(0.1)),
+    "FGSM": FGSM(L2(0.5)),
+    "N-FGSM": NFGSM(Linf(0.1), noise=2.0, bounds=None),
+    "N-FGSM of half": NFGSM(Linf(0.1), share=0.5),
+    "PGD": PGDAttack(Linf(0.1), steps=2, best=False),
+    "PGD, best": PGDAttack(L1(1.0), steps=2),
+}
+RANDOM = "dropout", "noise inside"
+
+
+def _random_model(name: str) -> nn.Module:
+    if name == "dropout":
+        return make_model("dropout_eval").train()
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = make_model("conv")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x + 0.1 * torch.randn_like(x))
+
+    return Noisy()
+
+
+class TestPlaces:
+    """Where the loss is taken, inside a transform, with the random numbers that are drawn eagerly."""
+
+    @pytest.mark.parametrize("place", PLACES)
+    @pytest.mark.parametrize("model_name", ["conv", "attention", *RANDOM])
+    @pytest.mark.parametrize("penalised", [False, True])
+    def test_grad(self, place: str, model_name: str, penalised: bool) -> None:
+        model = _random_model(model_name) if model_name in RANDOM else make_model(model_name)
+        x, y = make_batch(6)
+        terms = OBJECTIVES["both"] if penalised else {}
+        objective = PenalizedLoss(per_sample_cross_entropy, terms, at=PLACES[place])
+        torch.manual_seed(0)
+        found = grad(lambda p: _total(objective, model, p, x, y))(_parameters(model))
+        torch.manual_seed(0)
+        assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-11
+
+    @pytest.mark.parametrize("place", [FGSM(Linf(0.1)), NFGSM(Linf(0.1), noise=0.0), Noise(Linf(0.0)),
+                                       PGDAttack(Linf(0.1), steps=2, random_start=False)])  # fmt: skip
+    def test_vmap_gives_per_sample_gradients(self, place: Attack) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        objective = PenalizedLoss(per_sample_cross_entropy, at=place)
+
+        def of_sample(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return _total(objective, model, parameters, x[None], y[None])
+
+        mapped = vmap(grad(of_sample), in_dims=(None, 0, 0), randomness="different")
+        found = mapped(_parameters(model), x, y)
+        expected = objective_gradient(objective, model, x, y)
+        assert relative_error([part.mean(0) for part in found.values()], expected) < 1e-11
+
+    @pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5), L1(2.0)])
+    def test_noise_may_be_drawn_inside_vmap(self, threat: ThreatModel) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        same, label = x[:1].expand(4, -1, -1, -1), y[:1].expand(4)
+        objective = PenalizedLoss(at=NFGSM(threat))
+        moved = vmap(lambda x, y: objective(model, x[None], y[None]).x[0], randomness="different")(same, label)
+        assert not torch.equal(moved[0], moved[1])
+        assert (threat.norm(moved - same) <= 2 + 1e-9).all()
+
+    def test_jvp(self) -> None:
+        model, (x, y) = make_model("conv"), make_batch()
+        objective = PenalizedLoss(at=NFGSM(Linf(0.1), share=0.5))
+        tangents = {name: torch.randn_like(value) for name, value in _parameters(model).items()}
+        torch.manual_seed(0)
+        _, found = jvp(lambda p: _total(objective, model, p, x, y), (_parameters(model),), (tangents,))
+        torch.manual_seed(0)
+        gradient = objective_gradient(objective, model, x, y)
+        expected = sum((g * t).sum() for g, t in zip(gradient, tangents.values(), strict=True))
+        assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+@pytest.mark.parametrize("model_name", RANDOM)
+def test_finite_differences_draw_the_same_numbers_inside_a_transform(model_name: str, scheme: str) -> None:
+    model, (x, y) = _random_model(model_name), make_batch()
+    terms = {"e": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5), "p": Term(two_points)}
+    difference = FiniteDifference(0.1, Linf(0.1), scheme)
+    objective = PenalizedLoss(per_sample_cross_entropy, terms, differentiation=difference)
+    torch.manual_seed(0)
+    found = grad(lambda p: _total(objective, model, p, x, y))(_parameters(model))
+    torch.manual_seed(0)
+    assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-11
+
+
+def test_a_drawn_class_inside_grad_is_the_eager_one() -> None:
+    model, (x, y) = make_model("conv"), make_batch(20)
+    objective = PenalizedLoss(terms={"e": Term(EdgeAlignmentPenalty(sigma=0.6))})
+    torch.manual_seed(0)
+    found = grad(lambda p: _total(objective, model, p, x, y))(_parameters(model))
+    torch.manual_seed(0)
+    assert relative_error(list(found.values()), objective_gradient(objective, model, x, y)) < 1e-12
 
 
 def test_classes_may_be_drawn_inside_vmap() -> None:

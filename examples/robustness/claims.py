@@ -166,7 +166,7 @@ CLAIMS: tuple[Claim, ...] = (
         smaller("gradient, L1 norm"),
     ),
     Claim(
-        "The loss bends less",
+        "The loss is less curved",
         "Table A.1",
         "Hessian norm 1,436,045 natural, 0.751 adversarial, 0.788 GradNorm",
         smaller("Hessian norm"),

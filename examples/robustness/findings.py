@@ -1,7 +1,7 @@
 """Everything that is measured of one model. Each part has a state file, so that an interrupted report goes on."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import (
+    L1,
+    L2,
     APGDAttack,
+    EdgeAlignmentPenalty,
+    GradNormPenalty,
     Linf,
     PGDAttack,
+    Point,
     RobustnessCurve,
     RobustnessReport,
     TargetedAPGDAttack,
     accuracy_curve,
+    cross_entropy,
     evaluate,
     predicted_class,
 )
+from gradreg.differentiation import InputOnly
 from gradreg.statistics import (
     Curvature,
     EdgeCorrelation,
-    EdgeCosine,
-    GradientNorm,
     HessianNorm,
-    LocalLinearityError,
+    LocalLinearity,
     LogHistogram,
     Loss,
     Measurements,
-    Point,
     SignAgreement,
-    Statistic,
     gradient_histograms,
     measure,
     measure_along,
@@ -66,23 +69,23 @@ class Settings:
         return Linf(self.eps)
 
     @property
-    def statistics(self) -> dict[str, Statistic]:
+    def statistics(self) -> dict[str, Callable[[Point], Tensor]]:
         """By the names that the page gives them."""
         return {
             "loss": Loss(),
-            "gradient, L1 norm": GradientNorm(p=1),
-            "gradient, L2 norm": GradientNorm(p=2),
-            "gradient, Linf norm": GradientNorm(p=float("inf")),
+            "gradient, L1 norm": GradNormPenalty(Linf(1.0)),
+            "gradient, L2 norm": GradNormPenalty(L2(1.0)),
+            "gradient, Linf norm": GradNormPenalty(L1(1.0)),
             "Hessian norm": HessianNorm(self.iterations, seed=self.seed),
             "normalised curvature": Curvature(self.iterations, seed=self.seed),
-            "local linearity error": LocalLinearityError(self.threat, seed=self.seed),
+            "local linearity error": LocalLinearity(self.threat, seed=self.seed),
             "edge correlation of the loss's gradient": EdgeCorrelation(),
             "edge correlation of the loss's gradient, edge pixels": EdgeCorrelation(edges_only=True),
             "edge correlation of the saliency map": EdgeCorrelation(of=predicted_class(), channels="max"),
             "edge correlation of the saliency map, edge pixels": EdgeCorrelation(
                 of=predicted_class(), channels="max", edges_only=True
             ),
-            "cosine of the class gradient and edges": EdgeCosine(of=predicted_class()),
+            "cosine of the class gradient and edges": cosine_of_edges,
             "signs that stay under noise of eps / 4": SignAgreement(self.threat.scaled(0.25), seed=self.seed),
         }
 
@@ -177,14 +180,20 @@ def look_at(label: str, model: nn.Module, images: Images, settings: Settings, fo
     measurements.save(folder / f"{stem}.statistics.json")
     followed = {
         "loss": Loss(),
-        "gradient, L1 norm": GradientNorm(p=1),
+        "gradient, L1 norm": GradNormPenalty(Linf(1.0)),
         "normalised curvature": Curvature(2, start="gradient"),
     }
     along = measure_along(model, loader, settings.direction, SCALES, followed, state=state("along"))
     histograms = gradient_histograms(model, loader, state=state("gradients"))
     x, y = next(iter(loader))
-    path = settings.statistics["Hessian norm"].path(Point(model, x, y, twice=True))
+    point = Point(model, cross_entropy, x, y, differentiation=InputOnly(), look=False)
+    path = HessianNorm(settings.iterations, seed=settings.seed).path(point)
     return Findings(report, curve, measurements, along, histograms, path)
+
+
+def cosine_of_edges(point: Point) -> Tensor:
+    """Cosine between the gradient of the predicted class's logit and the edge energy of the image."""
+    return 1 - EdgeAlignmentPenalty(of=predicted_class())(point)
 
 
 def _without(content: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _accuracies(findings: dict[str, Findings]) -> str:
             [escape(name), str(report.clean_accuracy), *after, str(report.robust_accuracy), f"{report.seconds:.0f} s"]
         )
     attacks = [f"after {escape(attack)}" for attack in next(iter(findings.values())).report.attacks]
-    return _table(["model", "clean", *attacks, "worst case", "time"], rows, numbers=True)
+    return _table(["model", "clean", *attacks, "robust", "time"], rows, numbers=True)
 
 
 def _flags(findings: dict[str, Findings]) -> list[str]:
@@ -210,8 +210,8 @@ def _definitions(settings: Settings) -> str:
     items = []
     definitions = settings.definitions
     for name, statistic in settings.statistics.items():
-        first = inspect.cleandoc(type(statistic).__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        unit = f", in {statistic.unit}" if statistic.unit else ""
+        first = (inspect.getdoc(statistic) or "").split("\n\n")[0].replace("\n", " ")
+        unit = f", in {statistic.unit}" if getattr(statistic, "unit", "") else ""
         items.append(
             f"<dt>{escape(name)}{escape(unit)}</dt><dd>{escape(first)}<br><code>{escape(definitions[name])}</code></dd>"
         )

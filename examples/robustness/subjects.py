@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from gradreg import smoothify, with_normalization
 
-TRAINED = ("natural", "edge alignment", "GradNorm, GELU", "noisy differences", "PGD-3")  # in quickstart.py
+TRAINED = ("natural", "edge alignment", "GradNorm, GELU", "N-FGSM on half (recommended)", "PGD-3")  # in quickstart.py
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_model(spec: str) -> nn.Module:
     Args:
         spec: ``timm:NAME`` with timm's own weights, ``timm:NAME:FILE`` with those of a file (by name, or by position if
             the names are others); ``study:FILE``, weights that fashion_mnist.py has written; ``MODULE:FUNCTION`` for
-            what a function of your own returns. ``+gelu`` at the end puts GELU in the place of ReLU and its like.
+            what a function of your own returns. ``+gelu`` at the end replaces ReLU and its like by GELU.
     """
     spec, _, activation = spec.partition("+")
     kind, _, rest = spec.partition(":")

@@ -4,29 +4,32 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradreg import (
     FGSM,
     NFGSM,
     Attack,
-    Differentiation,
     EdgeAlignmentPenalty,
-    FiniteDifference,
     GradNormPenalty,
     Linf,
+    Noise,
     PenalizedLoss,
+    PenalizedOutput,
     PGDAttack,
+    Schedule,
     Term,
     every,
     linear_ramp,
-    sampled_class,
 )
 
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+from study.noisy_differences import NoisyDifferences
 
-CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
-NATURAL = PenalizedLoss(CROSS_ENTROPY, {})
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Objective = Callable[[nn.Module, Tensor, Tensor, int], PenalizedOutput]
+ObjectiveOf = Callable[[Linf, float], Objective]  # of the threat model and the length of the warm-up
+
+NATURAL = PenalizedLoss()
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -44,9 +47,8 @@ class Method:
     """A way to train.
 
     Attributes:
-        objective: Makes the objective from the threat model and the number of steps in which its weight rises to its
-            full size.
-        attack: Makes the attack whose images are trained on, for a threat model that rises likewise.
+        objective: Makes the objective from the threat model and the number of steps in which the weight of its penalty,
+            or the radius of its attack, rises to its full size.
         activation: Of the network.
         family: Methods of a family differ in one number, and lie on one curve.
         start: The method whose network, trained as long, is trained on; None for a fresh one.
@@ -54,8 +56,7 @@ class Method:
         first_rate: The learning rate at first, of the largest one, to which it rises in the first tenth of the steps.
     """
 
-    objective: Callable[[Linf, float], PenalizedLoss] = lambda threat, warm_up: NATURAL
-    attack: Callable[[Linf], Attack] | None = None
+    objective: ObjectiveOf = lambda threat, warm_up: NATURAL
     activation: str = "gelu"
     family: str = ""
     start: str | None = None
@@ -63,22 +64,23 @@ class Method:
     first_rate: float = 0.0
 
 
+def _rising(weight: float, warm_up: float, k: int) -> Schedule:
+    rising = linear_ramp(weight, duration=warm_up)
+    return rising if k == 1 else every(k, rising)
+
+
 def grad_norm(
     weight: float = 1.2,
     *,
-    loss_weight: float = 0.8,
-    differentiation: Differentiation | None = None,
     bounds: tuple[float, float] | None = None,
     noise: float = 0.0,
     fraction: float = 1.0,
     k: int = 1,
-) -> Callable[[Linf, float], PenalizedLoss]:
-    """The thesis's objective, with its weights 0.8 and 1.2, or a cheaper estimate of it.
+) -> ObjectiveOf:
+    """The thesis's objective, with its weights 0.8 and 1.2.
 
     Args:
-        weight: Of the penalty.
-        loss_weight: Of the loss.
-        differentiation: How the penalty is differentiated.
+        weight: Of the penalty; that of the loss is 0.8.
         bounds: Of the pixels, where only what leaves an image an image is penalised.
         noise: Radius of the noise, in units of the threat model.
         fraction: Share of the batch that is penalised.
@@ -86,25 +88,57 @@ def grad_norm(
     """
 
     def objective(threat: Linf, warm_up: float) -> PenalizedLoss:
-        rising = linear_ramp(weight, duration=warm_up)
-        return PenalizedLoss(
-            CROSS_ENTROPY,
-            {"grad_norm": Term(GradNormPenalty(threat, bounds=bounds), weight=rising if k == 1 else every(k, rising))},
-            loss_weight=loss_weight,
-            differentiation=differentiation,
-            noise=threat.scaled(noise) if noise else None,
-            fraction=fraction,
-        )
+        term = Term(GradNormPenalty(threat, bounds=bounds), weight=_rising(weight, warm_up, k))
+        at = Noise(threat.scaled(noise), bounds=bounds) if noise else None
+        return PenalizedLoss(terms={"grad_norm": term}, at=at, loss_weight=0.8, fraction=fraction)
 
     return objective
 
 
-def edges(weight: float) -> Callable[[Linf, float], PenalizedLoss]:
+def differences(
+    weight: float = 1.2,
+    *,
+    step: float = 0.25,
+    noise: float = 0.0,
+    bounds: tuple[float, float] | None = None,
+    share: float = 1.0,
+    k: int = 1,
+) -> ObjectiveOf:
+    """The same by a finite difference in one pass: see :class:`NoisyDifferences`."""
+
+    def objective(threat: Linf, warm_up: float) -> NoisyDifferences:
+        rising = _rising(weight, warm_up, k)
+        return NoisyDifferences(threat, rising, step=step, noise=noise, bounds=bounds, share=share)
+
+    return objective
+
+
+def edges(weight: float) -> ObjectiveOf:
     """A class gradient that points at the image's edges."""
 
     def objective(threat: Linf, warm_up: float) -> PenalizedLoss:
-        rising = linear_ramp(weight, duration=warm_up)
-        return PenalizedLoss(CROSS_ENTROPY, {"edges": Term(EdgeAlignmentPenalty(), rising, of=sampled_class(0.5))})
+        return PenalizedLoss(terms={"edges": Term(EdgeAlignmentPenalty(), _rising(weight, warm_up, 1))})
+
+    return objective
+
+
+def attacked(attack: Callable[[Linf], Attack]) -> ObjectiveOf:
+    """Adversarial training, whose radius rises as the weight of a penalty does.
+
+    Args:
+        attack: Makes the attack for a threat model.
+    """
+
+    def objective(threat: Linf, warm_up: float) -> Objective:
+        full = PenalizedLoss(at=attack(threat))
+
+        def of_step(model: nn.Module, x: Tensor, y: Tensor, t: int) -> PenalizedOutput:
+            if t == 0:
+                return NATURAL(model, x, y)
+            rising = full if t >= warm_up else PenalizedLoss(at=attack(threat.scaled(t / warm_up)))
+            return rising(model, x, y)
+
+        return of_step
 
     return objective
 
@@ -116,13 +150,14 @@ NOISY = {
 }
 
 
-def noisy(weight: float, fraction: float = 1.0, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Method:
-    """Finite differences of a full step from a noisy start: its two points lie where N-FGSM's do."""
-    difference = FiniteDifference(1.0, one_pass=True)
-    return Method(
-        grad_norm(weight, differentiation=difference, bounds=bounds, noise=1.0, fraction=fraction),
-        family=NOISY[fraction] if bounds else "",
-    )
+def noisy(weight: float, share: float = 1.0, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Method:
+    """A full step from a noisy start: its two points lie where N-FGSM's do.
+
+    With the weight of 0.4 on half of the batch, half of the loss's, that is ``NFGSM(threat, share=0.5)``; its weight
+    rises in the warm-up, where the radius of an attack would.
+    """
+    objective = differences(weight, step=1.0, noise=1.0, bounds=bounds, share=share)
+    return Method(objective, family=NOISY[share] if bounds else "")
 
 
 def pgd_3(factor: float, *, random_start: bool = False) -> Method:
@@ -132,14 +167,13 @@ def pgd_3(factor: float, *, random_start: bool = False) -> Method:
         wider = threat.scaled(factor)
         return PGDAttack(wider, steps=3, step_size=2 / 3 * wider.eps, random_start=random_start, best=False)
 
-    return Method(attack=attack, family="PGD-3")
+    return Method(attacked(attack), family="PGD-3")
 
 
 def n_fgsm(factor: float, noise: float) -> Method:
     """One step from noise, for a radius that many times as large."""
-    return Method(
-        attack=lambda threat: NFGSM(threat.scaled(factor), noise=noise), family="N-FGSM" if noise == 1 else ""
-    )
+    objective = attacked(lambda threat: NFGSM(threat.scaled(factor), noise=noise))
+    return Method(objective, family="N-FGSM" if noise == 1 else "")
 
 
 METHODS: dict[str, Method] = {
@@ -147,18 +181,16 @@ METHODS: dict[str, Method] = {
     "edges": Method(edges(5.0), family="edges"),
     "GradNorm": Method(grad_norm(), family="GradNorm"),
     "GradNorm, every 4th step": Method(grad_norm(k=4), family="GradNorm, every 4th step"),
-    "GradNorm, differences, every 4th step": Method(
-        grad_norm(k=4, differentiation=FiniteDifference(0.25, one_pass=True))
-    ),
+    "GradNorm, differences, every 4th step": Method(differences(k=4)),
     "noisy differences, 0.4": noisy(0.4),
     "noisy differences, 0.6": noisy(0.6),
     "noisy differences, half, 0.4": noisy(0.4, 0.5),
     "noisy differences, half, 0.6": noisy(0.6, 0.5),
     "noisy differences, quarter, 0.2": noisy(0.2, 0.25),
     "noisy differences, quarter, 0.4": noisy(0.4, 0.25),
-    "FGSM": Method(attack=lambda threat: FGSM(threat), family="FGSM"),
+    "FGSM": Method(attacked(lambda threat: FGSM(threat)), family="FGSM"),
     "PGD-1": Method(
-        attack=lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False), family="PGD-1"
+        attacked(lambda threat: PGDAttack(threat, steps=1, step_size=1.25 * threat.eps, best=False)), family="PGD-1"
     ),
     "N-FGSM, 0.8 eps": n_fgsm(0.8, 1.0),
     "N-FGSM": n_fgsm(1.0, 1.0),
@@ -170,15 +202,11 @@ METHODS: dict[str, Method] = {
 # What takes the cheap estimators apart, to be run for fewer seeds.
 ABLATIONS: dict[str, Method] = {
     "GradNorm, half of the batch": Method(grad_norm(fraction=0.5)),
-    "GradNorm, differences": Method(grad_norm(differentiation=FiniteDifference(0.25, one_pass=True))),
-    "GradNorm, differences, quarter": Method(
-        grad_norm(differentiation=FiniteDifference(0.25, one_pass=True), fraction=0.25)
-    ),
+    "GradNorm, differences": Method(differences()),
+    "GradNorm, differences, quarter": Method(differences(share=0.25)),
     "GradNorm in bounds": Method(grad_norm(bounds=(0.0, 1.0))),
     "GradNorm in bounds at noise": Method(grad_norm(bounds=(0.0, 1.0), noise=1.0)),
-    "full step in bounds without noise": Method(
-        grad_norm(0.6, differentiation=FiniteDifference(1.0, one_pass=True), bounds=(0.0, 1.0))
-    ),
+    "full step in bounds without noise": Method(differences(0.6, step=1.0, bounds=(0.0, 1.0))),
     "noisy differences, 0.6, without bounds": noisy(0.6, bounds=None),
     "noisy differences, half, 0.6, without bounds": noisy(0.6, 0.5, bounds=None),
     "noisy differences, half, 0.8, without bounds": noisy(0.8, 0.5, bounds=None),

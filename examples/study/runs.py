@@ -72,14 +72,12 @@ def train(run: Run, data: Data, progress: tqdm | None = None) -> nn.Module:
 
 
 def stepper(method: Method, threat: Linf, warm_up: float) -> Any:
-    """One training step, ``step(model, optimizer, x, y, t)``: an attack, if the method has one, and its objective."""
+    """One training step of a method, ``step(model, optimizer, x, y, t)``."""
     objective = method.objective(threat, warm_up)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, t: int) -> None:
-        if method.attack is not None and t > 0:  # whose radius rises as the weight of a penalty does
-            x = method.attack(threat.scaled(min(1.0, t / warm_up)))(model, x, y)
         optimizer.zero_grad()
-        objective(model, x, y, t=t).total.backward()
+        objective(model, x, y, t).total.backward()
         optimizer.step()
 
     return step

@@ -9,11 +9,14 @@ import math
 import sys
 import warnings
 import weakref
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradreg.threat_models import Linf
 
 
 class GradregWarning(UserWarning):
@@ -141,6 +144,41 @@ def check_radius(eps: float | Tensor, span: float | Tensor) -> None:
         )
 
 
+def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> None:
+    """Raise or warn if x, radii and bounds are in different units.
+
+    Args:
+        x: The input.
+        places: Penalties and attacks, of which those count that have a ``threat`` or ``bounds``.
+        normalized: Whether the model normalises pixels of [0, 1] by itself.
+    """
+    lowest, highest = finite_range(x)
+    if normalized:
+        check_not_normalized_twice(lowest, highest)
+    for place in places:
+        threat, bounds = getattr(place, "threat", None), getattr(place, "bounds", None)
+        span: float | Tensor | None = 1.0 if lowest >= 0 and highest <= 1 else None
+        if bounds is not None:
+            low, high = torch.as_tensor(bounds[0]), torch.as_tensor(bounds[1])
+            slack = 0.75 * (high - low).max()  # random erasing leaves the range of pixels and is no other unit
+            if lowest < low.min() - slack or highest > high.max() + slack:
+                raise ValueError(
+                    f"x lies in [{lowest:.3g}, {highest:.3g}], far outside of the bounds [{low.min():.3g}, "
+                    f"{high.max():.3g}]: they are in another unit. For images that a loader normalised give bounds=((0 "
+                    "- mean) / std, (1 - mean) / std) and eps / std, or let the model normalise (with_normalization)."
+                )
+            span = high - low
+        if isinstance(threat, Linf):
+            eps = torch.as_tensor(threat.eps).cpu()
+            if span is not None and bool((eps > torch.as_tensor(span).cpu() * (1 + 1e-6)).any()):
+                check_radius(threat.eps, span)  # which raises
+            elif span is None and highest > 16 and eps.max().item() < 1:
+                warn(
+                    f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / 255, "
+                    "or Linf(255 * eps)."
+                )
+
+
 def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
     """Raise unless x is finite and lies within the bounds of a pixel."""
     lowest, highest = finite_range(x)
@@ -155,19 +193,6 @@ def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:
             f"{high.max().item():.3g}]. If a loader normalises it, let the model do so instead (with_normalization), "
             "or give eps / std and the normalised bounds. If augmentation leaves the range (random erasing), say "
             'out_of_bounds="clamp".'
-        )
-
-
-def check_unit_of_bounds(lowest: float, highest: float, low: float, high: float) -> None:
-    """Raise if values of this range lie so far outside of the bounds that these are in another unit.
-
-    Augmentation that leaves the range of pixels (random erasing reaches half of it beyond) is no other unit.
-    """
-    if lowest < low - (slack := 0.75 * (high - low)) or highest > high + slack:
-        raise ValueError(
-            f"x lies in [{lowest:.3g}, {highest:.3g}], far outside of the penalty's bounds [{low:.3g}, {high:.3g}]: "
-            "they are in another unit. For images that a loader normalised give bounds=((0 - mean) / std, (1 - mean) / "
-            "std) and eps / std, or let the model normalise (with_normalization)."
         )
 
 

@@ -3,12 +3,8 @@ r"""How an input gradient depends on the weights.
 A penalty :math:`R(\nabla_x s)` of a score s depends on the weights through a gradient, so its own gradient is a second
 derivative. :class:`DoubleBackward` takes it exactly. :class:`FiniteDifference` takes it from one more forward pass,
 because, with :math:`u = \partial R / \partial g` held fixed,
-
-.. math:: \nabla_\theta R(\nabla_x s) = \nabla_\theta \langle u, \nabla_x s \rangle
-
-is the derivative of s along the direction u, differentiated with respect to the weights. That holds for any function of
-any number of gradients, and where second derivatives do not exist: fused attention, compiled models, sharded
-parameters.
+:math:`\nabla_\theta R(\nabla_x s) = \nabla_\theta \langle u, \nabla_x s \rangle` is the derivative of s along u,
+differentiated with respect to the weights.
 """
 
 from abc import ABC, abstractmethod
@@ -34,17 +30,11 @@ Point = Any  # gradreg.Point, which stands in a higher layer
 @final
 @dataclass
 class Requests:
-    """The input gradients that were asked for in a step.
+    """The input gradients that were asked for in a step."""
 
-    Attributes:
-        unit: The threat model in whose units a step is measured, where a differentiation has none of its own.
-        taken: Point, score and gradient of each.
-        offsets: Inside a transform, what is added to each gradient so that it can be differentiated.
-    """
-
-    unit: ThreatModel | None = None
-    taken: list[tuple[Point, Any, Tensor]] = field(default_factory=list)
-    offsets: list[Tensor] = field(default_factory=list)
+    unit: ThreatModel | None = None  # in which a step is measured, where a differentiation has none of its own
+    taken: list[tuple[Point, Any, Tensor]] = field(default_factory=list)  # point, score, gradient
+    offsets: list[Tensor] = field(default_factory=list)  # in a transform: what makes the gradients differentiable
 
 
 @dataclass(frozen=True)
@@ -66,12 +56,7 @@ class Differentiation(ABC):
         """The gradient of a score with respect to the point's input, as penalties see it."""
 
     def completed(self, total_of_terms: Callable[[], Tensor], requests: Requests) -> Tensor:
-        """The total of an objective, with the gradient that this object stands for.
-
-        Args:
-            total_of_terms: Computes it.
-            requests: The input gradients that are asked for meanwhile.
-        """
+        """The total of an objective, with the gradient that this object stands for."""
         return total_of_terms()
 
     def around(self, model: object, x: Tensor) -> Around:
@@ -133,17 +118,17 @@ class FiniteDifference(Differentiation):
               D = \frac{s(x + h u) - s(x - h u)}{2h} \;\text{(central)}
 
     with :math:`u = \partial L / \partial g` the derivative of the total L with respect to the input gradient, held
-    fixed, and h, for each sample, such that the displacement :math:`h u` has the size ``step`` in units of the threat
-    model. The error is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding
-    takes over, and in bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` the displacement is
-    ``step`` times the maximiser, so that ``step=1`` looks where FGSM looks.
+    fixed, and h, for each sample, such that :math:`h u` has the size ``step`` in units of the threat model. The error is
+    of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes over, and in
+    bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` :math:`h u` is ``step`` times the
+    maximiser, so that ``step=1`` looks where FGSM looks (in ``bounds`` too, unless no coordinate has room for eps).
 
-    A penalty of any number of gradients, at any number of points, costs one more forward and backward pass for each
-    gradient: 2.33 natural steps for a :class:`gradreg.GradNormPenalty`. The values of penalties are exact.
+    It works for any function of any number of gradients, at any number of points, and where second derivatives do not
+    exist: fused attention, compiled models, sharded parameters. Each gradient costs one more forward and backward pass:
+    2.33 natural steps for a :class:`gradreg.GradNormPenalty`. The values of penalties are exact.
 
-    All passes are the same function: they draw the same random numbers and find buffers as the first pass found them,
-    and only the first one moves these. Where samples see each other (BatchNorm in training mode), h is the same for
-    all of them. A compiled region cannot draw the same random numbers twice, so that they are refused there.
+    All passes are one function: they draw the same random numbers and find buffers as the first pass found them, and
+    only the first one moves these. Where samples see each other (BatchNorm in training mode) all share one h.
 
     Attributes:
         step: Size of the displacement in units of the threat model: 0.25 is a quarter of eps.
@@ -154,7 +139,7 @@ class FiniteDifference(Differentiation):
         ValueError: If step is not above 0 or the scheme is unknown; and, when called, if no threat model is known, or
             one with eps 0 where the penalty moves the input.
         TypeError: When called, if x is in half precision.
-        RuntimeError: When called, if random numbers are drawn inside a compiled region.
+        RuntimeError: When called, if random numbers are drawn inside a compiled region, which cannot repeat them.
 
     Example:
         >>> from gradreg import EdgeAlignmentPenalty, Linf, PenalizedLoss, Term

@@ -1,15 +1,13 @@
 """The one derivative that everything here is built on: of per-sample scores with respect to the input."""
 
-from collections.abc import Callable, Container, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 ScoresAt = Callable[[Tensor], Tensor]
-# TorchScript's nodes have the methods of torch.autograd.graph.Node, but are not of that type.
-Node = Any
 
 
 def input_gradient(
@@ -112,7 +110,7 @@ def with_pull_back(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
 
 def outside_inference_mode(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if it was made under inference_mode, which forbids to save it for a backward pass."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if not in_transform() and tensor.is_inference() else tensor
 
 
 def check_scores(scores: Tensor, x: Tensor) -> None:
@@ -133,15 +131,3 @@ def check_scores(scores: Tensor, x: Tensor) -> None:
 def in_transform() -> bool:
     """Whether the code runs where requires_grad_() is not allowed: under torch.func transforms or torch.compile."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def new_nodes(roots: Iterable[Node | None], known: Container[Node]) -> list[Node]:
-    """The nodes of the graph behind the roots, up to the known ones."""
-    found: dict[Node, None] = {}
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in found and node not in known:
-            found[node] = None
-            pending.extend(used for used, _ in node.next_functions)
-    return list(found)

@@ -2,19 +2,19 @@
 
 import itertools
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from gradreg import checks
+from gradreg import checks, findings
 from gradreg.differentiation import Differentiation
-from gradreg.gradients import new_nodes
+from gradreg.findings import Finding
+from gradreg.graphs import new_nodes
 from gradreg.modes import batch_norms
 from gradreg.normalization import normalizes
 from gradreg.smooth import find_nonsmooth
-from gradreg.threat_models import Linf
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
 # For each objective the models that it has met, whether it has penalised them, and whether they normalise their input.
@@ -56,6 +56,8 @@ def check_model(objective: nn.Module, model: object, differentiation: Differenti
         return None
     met = _met.setdefault(objective, weakref.WeakKeyDictionary()).get(model)
     if met is None:
+        if getattr(getattr(objective, "at", None), "uses_gradients", False):
+            _refuse(model, second_order=False)
         units = [name for name, module in model.named_modules() if is_sharded(module)]
         met = _met[objective][model] = Meeting(normalizes(model), units)
     if differentiation is not None:
@@ -75,10 +77,7 @@ def _check_parameters(objective: nn.Module, model: nn.Module, units: list[str]) 
             break
     else:
         if parameter is not None:
-            raise RuntimeError(
-                "PenalizedLoss: all parameters of the model are frozen (requires_grad=False), so that nothing would be "
-                "trained."
-            )
+            raise RuntimeError(findings.FROZEN.message)
     for name in units:
         if is_stale(model.get_submodule(name)):
             raise RuntimeError(
@@ -94,42 +93,9 @@ def check_graph(met: Meeting, logits: object, second_order: bool) -> None:
     if not second_order:
         return
     graph = logits.grad_fn if isinstance(logits, Tensor) else None
-    if any(node.name().startswith("ScaledDotProduct") for node in new_nodes([graph], ())):
-        checks.warn(
-            "PenalizedLoss: the model runs fused attention, which has no second derivative, so that total.backward() "
-            "will raise. Keep it with differentiation=FiniteDifference() or with at=NFGSM(...) instead of a penalty; "
-            "or do without it, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or with module.fused_attn = "
-            "False in a timm model. gradreg.preflight(objective, model, x, y) names the modules."
-        )
-
-
-def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> None:
-    """Raise or warn if x, radii and bounds are in different units.
-
-    Args:
-        x: The input.
-        places: Penalties and attacks, of which those count that have a ``threat`` or ``bounds``.
-        normalized: Whether the model normalises pixels of [0, 1] by itself.
-    """
-    lowest, highest = checks.finite_range(x)
-    if normalized:
-        checks.check_not_normalized_twice(lowest, highest)
-    for place in places:
-        threat, bounds = getattr(place, "threat", None), getattr(place, "bounds", None)
-        span: float | Tensor | None = 1.0 if lowest >= 0 and highest <= 1 else None
-        if bounds is not None:
-            low, high = torch.as_tensor(bounds[0]), torch.as_tensor(bounds[1])
-            checks.check_unit_of_bounds(lowest, highest, low.min().item(), high.max().item())
-            span = high - low
-        if not isinstance(threat, Linf):
-            continue
-        if span is not None:
-            checks.check_radius(threat.eps, span)
-        elif highest > 16 and torch.as_tensor(threat.eps).max().item() < 1:
-            checks.warn(
-                f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / 255, or "
-                "Linf(255 * eps)."
-            )
+    fused = [node.name() for node in new_nodes([graph], ()) if node.name().startswith("ScaledDotProduct")]
+    if fused:
+        _warn_of(findings.FUSED_ATTENTION.at(operation=fused[0]))
 
 
 def check_samples_are_apart(model: object) -> None:
@@ -142,41 +108,37 @@ def check_samples_are_apart(model: object) -> None:
         )
 
 
+def batch_statistics(coupled: Sequence[nn.Module], rank: str = "") -> Finding:
+    """What to say of layers that use the statistics of the batch."""
+    found = findings.BATCH_STATISTICS.at(count=len(coupled), kind=type(coupled[0]).__name__, rank=rank)
+    # Statistics that nothing has moved yet are not to be frozen: they are those of no data.
+    counts = [getattr(layer, "num_batches_tracked", None) for layer in coupled]
+    if any(count is None or count == 0 for count in counts):
+        return found
+    return replace(found, fix=f"{found.fix} {findings.FREEZE}")
+
+
 def _refuse(model: nn.Module, second_order: bool) -> None:
     if any(is_static(module) for module in model.modules()):
-        raise RuntimeError(
-            "PenalizedLoss: with DistributedDataParallel(static_graph=True) an input gradient taken outside of the "
-            "wrapped forward stops gradients from being synchronised, without an error. Wrap model and objective "
-            "together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True)."
-        )
+        raise RuntimeError(findings.STATIC_GRAPH.message)
     if second_order and any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
-        raise RuntimeError(
-            "PenalizedLoss: fully_shard frees the parameters after the first backward, which double backward needs "
-            "again. Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every "
-            "FSDPModule between backward and the optimiser's step (without it the step trains stale weights); or use "
-            "differentiation=FiniteDifference()."
-        )
+        raise RuntimeError(f"{findings.FREED_PARAMETERS.message} {findings.OR_FINITE_DIFFERENCE}")
 
 
 def _warn(model: nn.Module, second_order: bool) -> None:
     if coupled := batch_norms(model):
-        checks.warn(
-            f"PenalizedLoss: {len(coupled)} normalisation layers use the statistics of the batch "
-            f"({type(coupled[0]).__name__}), so that part of a sample's input gradient is the other samples'. Set them "
-            "to evaluation mode, as the thesis does, or use GroupNorm; or leave it so, knowing it."
-        )
+        checks.warn(batch_statistics(coupled).message)
     if not second_order:
         return
     if any(is_compiled(module) for module in model.modules()):
-        checks.warn(
-            "PenalizedLoss: the model is compiled, and torch.compile has no double backward outside of the compiled "
-            "region. Compile the whole step instead, use differentiation=FiniteDifference(), or see "
-            "gradreg.preflight(objective, model, x, y)."
-        )
+        _warn_of(findings.COMPILED)
     flat = [site for site in find_nonsmooth(model) if site.flat]
     if flat:
-        checks.warn(
-            f"PenalizedLoss: {len(flat)} activations of the model are piecewise linear ({flat[0].name or 'the model'}: "
-            f"{flat[0].kind}, ...). Their second derivative is 0 almost everywhere, and the penalty is known to "
-            "collapse; train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches."
-        )
+        example = f"{flat[0].name or 'the model'}: {flat[0].kind}"
+        checks.warn(findings.PIECEWISE_LINEAR.at(count=len(flat), example=example).message)
+
+
+def _warn_of(finding: Finding) -> None:
+    """Warn of what has no second derivative."""
+    names = "gradreg.preflight(objective, model, x, y) names the modules, and says what works."
+    checks.warn(f"{finding.message} {findings.OR_FINITE_DIFFERENCE} {names}")

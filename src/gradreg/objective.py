@@ -18,7 +18,7 @@ from gradreg.gradients import in_transform
 from gradreg.point import Batch, Model, Parts, Point
 from gradreg.replay import EagerReplay, TransformedReplay
 from gradreg.schedules import Schedule
-from gradreg.trees import Inputs
+from gradreg.trees import Inputs, usable
 
 
 @final
@@ -66,8 +66,8 @@ class PenalizedOutput(NamedTuple):
         total: What to call ``backward()`` on: ``loss_weight * loss + sum of weight * mean penalty``.
         loss: The batch mean of the criterion, where the loss was taken.
         logits: The model's output there.
-        penalties: Each penalty that had a weight at this step, per sample ``(B,)``, unweighted and without a graph, by
-            the name of its term. With a ``fraction`` of the batch, only of the samples that were drawn.
+        penalties: By name, the penalties that had a weight at this step: per sample ``(B,)``, unweighted, without a
+            graph. With a ``fraction`` of the batch, only of the samples that were drawn.
         x: Where the loss was taken: the input itself, or the noisy or attacked one.
         clean_logits: The model's output for the input itself, if the step has computed it.
     """
@@ -204,23 +204,24 @@ class PenalizedLoss(nn.Module):
         batch = self._batch_of(model, x, y, classes, weights, transformed)
         point = Point.of(batch, batch.inputs.x, differentiable=moves or bool(weights), counts=not moves)
         where = self.at.move(point, differentiable=bool(weights)) if moves else point
+        if moves and point.known:  # what an attack has computed at the clean input is not needed any more
+            point.release()
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
         loss, penalties = where.losses.mean(), {}
 
         def total_of_terms() -> Tensor:
             total = loss_weight * loss
             for name, weight in weights.items():
-                penalties[name] = values = self.terms[name].penalty(part)
+                values = self.terms[name].penalty(part)
                 if values.shape != part.x.shape[:1]:
                     raise _wrong_shape(name, values, part.x)
-                total = total + weight * values.mean()
+                total, penalties[name] = total + weight * values.mean(), values.detach()
             return total
 
         total = batch.differentiation.completed(total_of_terms, batch.requests)
         if batch.met is not None and not batch.met.graph_seen and weights:
             model_checks.check_graph(batch.met, part.logits, self.differentiation.second_order)
-        logged = {name: values.detach() for name, values in penalties.items()}
-        return PenalizedOutput(total, loss, where.logits, logged, where.x, point.known.get("logits"))
+        return PenalizedOutput(total, loss, where.logits, penalties, where.x, point.known.get("logits"))
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -234,7 +235,7 @@ class PenalizedLoss(nn.Module):
         inputs, look, met = Inputs(x, self.perturb), False, None
         checks.check_input(inputs.x)
         how = self.differentiation if weights else InputOnly()
-        repeats = self.at is not None or self.fraction < 1 or how.looks_elsewhere
+        repeats = transformed or self.at is not None or self.fraction < 1 or how.looks_elsewhere
         unit, places = None, [self.at]
         for name in weights:
             penalty = self.terms[name].penalty
@@ -246,10 +247,12 @@ class PenalizedLoss(nn.Module):
                     "x carries a graph, which a gradient with respect to it would cut. Make what computes x a part of "
                     "the model, or pass x.detach() if nothing before it is to be trained."
                 )
+            if not isinstance(y, Tensor) or y.is_inference():
+                y = usable(y)
             look = checks.may_look(self, inputs.x, self.validate)
             met = model_checks.check_model(self, model, how if weights else None)
             if look:
-                model_checks.check_units(inputs.x, places, normalized=met is not None and met.normalizes)
+                checks.check_units(inputs.x, places, normalized=met is not None and met.normalizes)
         replay = (TransformedReplay if transformed else EagerReplay)(model, inputs.x.device) if repeats else None
         known = [] if classes is None else [(None, classes)]
         return Batch(

@@ -21,6 +21,8 @@ from gradreg.threat_models import Bounds, Box, ThreatModel, at_least_float32, ch
 EnergyFunction = Callable[..., Tensor]
 Level = Literal["sample", "batch"]
 
+_FLAT = 1e-12  # what rounding leaves of the energy of a flat image
+
 
 @dataclass(frozen=True)
 class Penalty(ABC):
@@ -29,12 +31,14 @@ class Penalty(ABC):
     Attributes:
         unit: Of its values.
         floor: What is added to a value before its logarithm is taken.
+        why_undefined: Why it is undefined for some samples.
         looks_elsewhere: Whether it asks for other points. If not, an objective of such penalties alone need not record
             the random numbers and buffers that other points would have to have.
     """
 
     unit: ClassVar[str] = ""
     floor: ClassVar[float] = 0.0
+    why_undefined: ClassVar[str] = ""
     looks_elsewhere: ClassVar[bool] = True
 
     @abstractmethod
@@ -109,6 +113,9 @@ def grad_norm(grad: Float[Tensor, "B *x"], threat: ThreatModel, *, box: Box | No
     return threat.dual_norm(grad, box)
 
 
+_DUAL = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
+
+
 @final
 @dataclass(frozen=True, eq=False)  # bounds may be tensors, which cannot be compared so
 class GradNormPenalty(Penalty):
@@ -153,7 +160,7 @@ class GradNormPenalty(Penalty):
         tensor([1.], grad_fn=<SumBackward1>)
     """
 
-    unit: ClassVar[str] = "units of the loss"
+    unit: ClassVar[str] = "units of the score"
     looks_elsewhere: ClassVar[bool] = False
 
     threat: ThreatModel
@@ -170,7 +177,11 @@ class GradNormPenalty(Penalty):
 
     @property
     def name(self) -> str:
-        return f"gradient norm in {self.threat}" + ("" if self.of is None else f" of {type(self.of).__name__}")
+        eps, kind = self.threat.eps, type(self.threat).__name__
+        per_unit = not isinstance(eps, Tensor) and eps == 1 and kind in _DUAL
+        norm = f"gradient {_DUAL[kind]} norm" if per_unit else f"gradient norm in {self.threat}"
+        bounds = "" if self.bounds is None else f" within {self.bounds}"
+        return norm + bounds + ("" if self.of is None else f", {type(self.of).__name__}")
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
         grad = point.gradient(self.of)
@@ -226,13 +237,12 @@ def edge_alignment(
     if level not in ("sample", "batch"):
         raise ValueError(f'edge_alignment: level is "sample" or "batch", got {level!r}.')
     grad = at_least_float32(grad)
-    edges = energy(at_least_float32(x), sigma=sigma).to(grad.dtype).expand_as(grad)
+    edges = energy(at_least_float32(x), sigma=sigma).to(grad.dtype)
+    largest = edges.abs().amax((1, 2, 3), keepdim=True)
+    edges = edges.where(largest > _FLAT, 0.0).expand_as(grad)
     if level == "batch":
         return 1 - len(grad) * (unit(grad[None]) * unit(edges[None]))[0].flatten(1).sum(1)
     return 1 - (unit(grad) * unit(edges)).flatten(1).sum(1)
-
-
-_FLAT = 1e-12  # what rounding leaves of the energy of a flat image
 
 
 @final
@@ -259,6 +269,7 @@ class EdgeAlignmentPenalty(Penalty):
         True
     """
 
+    why_undefined: ClassVar[str] = "their gradient is 0, or the image flat"
     looks_elsewhere: ClassVar[bool] = False
 
     sigma: float = 1.0
@@ -282,4 +293,4 @@ class EdgeAlignmentPenalty(Penalty):
 
     def undefined(self, point: Point) -> Bool[Tensor, "B"]:
         edges = self.energy(at_least_float32(point.x), sigma=self.sigma).flatten(1)
-        return ~point.gradient(self.of).flatten(1).any(1) | (edges.abs().amax(1) < _FLAT)
+        return ~point.gradient(self.of).flatten(1).any(1) | (edges.abs().amax(1) <= _FLAT)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from gradreg import modes
 from gradreg.attacks import Attack
-from gradreg.criteria import margin
+from gradreg.criteria import cross_entropy, margin
+from gradreg.differentiation import InputOnly
 from gradreg.evaluation import RobustnessCurve
-from gradreg.gradients import input_gradient
 from gradreg.intervals import Proportion
-from gradreg.statistics import EdgeCorrelation, LogHistogram, Measurements, Point
+from gradreg.point import Point
+from gradreg.statistics import EdgeCorrelation, LogHistogram, Measurements, pearson
 
 try:
     from matplotlib.axes import Axes
@@ -63,9 +64,8 @@ def gradients(models: Models, x: Float[Tensor, "B C H W"], y: Tensor, *, quantil
         _show(axis, image)
     for column, model in zip(axes[1:], models.values(), strict=True):
         with modes.evaluating(model), torch.enable_grad():
-            leaf = x.detach().clone().requires_grad_()
-            # margin() is another class over the true one, as an attack ascends it
-            found = -input_gradient(margin(model(leaf), y), leaf, create_graph=False)
+            point = Point(model, margin, x, y, differentiation=InputOnly(), look=False)
+            found = -point.gradient()  # margin() is another class over the true one, as an attack ascends it
         limit = _show_signed(column, found, quantile)
         column[-1].set_xlabel(f"±{limit:.2g}", fontsize=8)
     axes[0][-1].set_xlabel("colours:", fontsize=8)
@@ -216,9 +216,9 @@ def edge_scatter(models: Models, x: Float[Tensor, "1 C H W"], y: Tensor, statist
     figure, axes = _panels(len(models), height=2.6, share=True)
     for axis, (name, model) in zip(axes, models.items(), strict=True):
         with modes.evaluating(model), torch.enable_grad():
-            point = Point(model, x, y)
+            point = Point(model, cross_entropy, x, y, differentiation=InputOnly(), look=False)
             sizes, energies, counted = statistic.pixels(point)
-            rho = statistic.at(point).item()
+            rho = pearson(sizes, energies, counted).item()
         axis.scatter(energies[counted].tolist(), sizes[counted].tolist(), s=3, color=COLORS[1], alpha=0.4, linewidths=0)
         axis.set_title(f"{name}\ncorrelation {rho:+.2f}", fontsize=8)
     figure.supxlabel("log10 of edge energy", fontsize=10)

@@ -16,7 +16,7 @@ from gradreg.gradients import check_scores, in_transform, input_gradient
 from gradreg.replay import EagerReplay, Replay, TransformedReplay, without_random_numbers
 from gradreg.selectors import ClassSelector, class_scores
 from gradreg.threat_models import at_least_float32
-from gradreg.trees import Inputs, joined, taken
+from gradreg.trees import Inputs, detached, joined, taken, usable
 
 Model = Callable[..., Any]
 ScoreOf = ClassSelector | Callable[[Any], Tensor] | None  # None for the loss
@@ -25,41 +25,23 @@ ScoreOf = ClassSelector | Callable[[Any], Tensor] | None  # None for the loss
 @final
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What all points of one batch have in common.
-
-    Attributes:
-        model: The model.
-        criterion: The loss per sample, ``criterion(logits, y) -> (B,)``.
-        inputs: What the model is given, and which of it is perturbed.
-        y: Labels, as the criterion takes them.
-        differentiation: How input gradients depend on the weights.
-        output: Reads the logits from what the model returns.
-        of_classes: Whether the criterion is known to take logits and labels of classes, so that these can be checked.
-        inner_scale: Factor on a score while its gradient is taken.
-        index: The number of every sample that its random numbers are drawn from; None for its place in the batch.
-        look: Whether values may be looked at.
-        checked: Whether an objective has seen to it that x, radii and bounds are in one unit.
-        met: What the objective knows of the model, if it is a module.
-        replay: Makes every pass the same function; None for passes that draw random numbers of their own.
-        requests: The input gradients that were asked for.
-        classes: What each class selector has chosen, for all points; those given in advance under None.
-    """
+    """What all points of one batch have in common."""
 
     model: Model
     criterion: Criterion
     inputs: Inputs
     y: Any
     differentiation: Differentiation
-    output: Callable[[Any], Any] | None = None
-    of_classes: bool = False
-    inner_scale: float = 1.0
-    index: Tensor | None = None
-    look: bool = False
-    checked: bool = False
-    met: Any = None
-    replay: Replay | None = None
+    output: Callable[[Any], Any] | None = None  # reads the logits from what the model returns
+    of_classes: bool = False  # whether the criterion takes labels of classes, which can be checked
+    inner_scale: float = 1.0  # of a score while its gradient is taken
+    index: Tensor | None = None  # the number of every sample that its random numbers are drawn from
+    look: bool = False  # whether values may be looked at
+    checked: bool = False  # whether an objective has seen to it that x, radii and bounds are in one unit
+    met: Any = None  # what the objective knows of the model
+    replay: Replay | None = None  # makes every pass one function; without it they draw numbers of their own
     requests: Requests = field(default_factory=Requests)
-    classes: list[tuple[ClassSelector | None, Tensor]] = field(default_factory=list)
+    classes: list[tuple[ClassSelector | None, Tensor]] = field(default_factory=list)  # chosen; or given, under None
 
     def rows(self, rows: Tensor) -> "Batch":
         """Some of its samples, whose passes draw random numbers of their own."""
@@ -96,6 +78,7 @@ class Point:
         differentiation: How input gradients depend on the weights. Default: exactly, :class:`gradreg.DoubleBackward`.
         perturb: The key or position of the tensor to perturb; see :class:`gradreg.PenalizedLoss`.
         index: The number of every sample that its random numbers are drawn from, where they are drawn by sample.
+        look: Whether to look at values: labels out of range, gradients that are all 0.
 
     Attributes:
         x: The input, without a graph.
@@ -109,6 +92,14 @@ class Point:
         >>> (point.losses.mean() + penalty.mean()).backward()
     """
 
+    x: Tensor
+    batch: Batch
+    differentiable: bool
+    counts: bool
+    known: dict[Hashable, Any]
+    _leaf: Tensor
+    _slopes: list[tuple[ScoreOf, bool, Tensor]]
+
     def __init__(
         self,
         model: Model,
@@ -119,13 +110,20 @@ class Point:
         differentiation: Differentiation | None = None,
         perturb: str | int | None = None,
         index: Tensor | None = None,
+        look: bool = True,
     ) -> None:
         inputs = Inputs(x, perturb)
         checks.check_input(inputs.x)
         how = DoubleBackward() if differentiation is None else differentiation
-        known, replay = is_classification(criterion), replay_of(model, inputs.x)
-        batch = Batch(model, criterion, inputs, y, how, of_classes=known, index=index, look=not in_transform(), replay=replay)
-        vars(self).update(vars(Point.of(batch, inputs.x)))
+        known, transformed = is_classification(criterion), in_transform()
+        replay = (TransformedReplay if transformed else EagerReplay)(model, inputs.x.device)
+        batch = Batch(
+            model, criterion, inputs, usable(y), how, of_classes=known, index=index,
+            look=look and not transformed, replay=replay,
+        )  # fmt: skip
+        made = Point.of(batch, inputs.x)
+        self.__class__ = type(made)
+        vars(self).update(vars(made))
 
     @staticmethod
     def of(batch: Batch, x: Tensor, *, differentiable: bool = True, counts: bool = True) -> "Point":
@@ -135,7 +133,7 @@ class Point:
             batch: The batch.
             x: The input.
             differentiable: Whether input gradients will be asked for.
-            counts: Whether its forward pass is the step's own, which may move running statistics.
+            counts: Whether its forward pass is the step's own, which alone may move running statistics.
         """
         transformed = in_transform()
         point = object.__new__(_TransformedPoint if transformed else Point)
@@ -185,12 +183,7 @@ class Point:
         return self.batch.differentiation.gradient(self, of)
 
     def at(self, z: Tensor, *, differentiable: bool = True) -> "Point":
-        """The same samples at another input, taken as a constant: the same function at another place.
-
-        Args:
-            z: The input.
-            differentiable: Whether input gradients will be asked for.
-        """
+        """The same samples at another input, which is a constant: another value of the same function."""
         return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=False)
 
     def rows(self, rows: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
@@ -202,26 +195,14 @@ class Point:
         return Point.of(self.batch, z.detach(), differentiable=differentiable)
 
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
-        """The logits at other inputs, as a function that an attack differentiates.
-
-        Args:
-            z: Inputs of the samples.
-            rows: Which samples they are; all in their order if None.
-        """
+        """The logits of some samples at other inputs, as a function that an attack differentiates."""
         batch = self.batch
         if rows is not None and len(rows) < len(self.x) and not batch.inputs.is_tensor:
             batch = batch.rows(rows)
         return Point.of(batch, z, counts=False)._call(z)[0]
 
     def loss_of(self, logits: Any, y: Any = None, criterion: Criterion | None = None, *, again: bool = True) -> Tensor:
-        """A criterion's values, with the random numbers that it draws in all passes.
-
-        Args:
-            logits: What it takes.
-            y: Labels. Default: those of the batch.
-            criterion: The criterion. Default: that of the batch.
-            again: Whether a pass may have drawn its numbers before.
-        """
+        """The values of a criterion, by default the batch's, with the random numbers that it draws in every pass."""
         batch = self.batch
         labels = batch.y if y is None else y
         criterion = batch.criterion if criterion is None else criterion
@@ -254,13 +235,7 @@ class Point:
         return grad
 
     def hessian_product(self, direction: Tensor) -> Tensor:
-        """Every sample's Hessian of the loss with respect to its input, times a direction.
-
-        It depends on the weights if input gradients do.
-
-        Raises:
-            RuntimeError: If these are finite differences, or inside a transform.
-        """
+        """Every sample's Hessian of the loss times a direction; it depends on the weights if input gradients do."""
         how = self.batch.differentiation
         if in_transform() or not (how.second_order or how.constant):
             raise RuntimeError("A Hessian needs DoubleBackward(), outside of transforms and compiled regions.")
@@ -268,11 +243,13 @@ class Point:
         grad = point.slope(create_graph=True)
         if not grad.requires_grad:  # a loss linear in x
             return torch.zeros_like(direction)
-        (product,) = torch.autograd.grad(
-            (grad * direction).sum(), point._leaf, create_graph=how.second_order, retain_graph=True,
-            allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
-        return product
+        total, options = (grad * direction).sum(), {"allow_unused": True, "materialize_grads": True}
+        return torch.autograd.grad(total, point._leaf, create_graph=how.second_order, retain_graph=True, **options)[0]
+
+    def release(self) -> None:
+        """Free all graphs; what stays known is the logits, as a constant."""
+        self.known = {"logits": detached(self.known["logits"])} if "logits" in self.known else {}
+        self._slopes, self._leaf = [], self.x
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""
@@ -287,7 +264,9 @@ class Point:
             leaf.requires_grad_()
             around = self.batch.differentiation.around(self.batch.model, leaf)
         self._leaf = leaf
-        with around(leaf):
+        # At another point a measurement, which trains nothing, may ask for values alone.
+        graph = self.differentiable or self.counts or self.batch.checked or not self.batch.differentiation.constant
+        with around(leaf), nullcontext() if graph else torch.no_grad():
             return self._call(leaf.clone())[0]  # a copy: a first layer may work in place, which a leaf forbids
 
     def _call(self, z: Tensor) -> tuple[Any, dict[str, Tensor]]:
@@ -306,16 +285,13 @@ class Point:
 
     def _score_of(self, of: ScoreOf) -> Callable[[Any], Tensor]:
         """A score as a function of the logits."""
-        if of is None:
-            return self.loss_of
         if not isinstance(of, ClassSelector):
-            return of
+            return self.loss_of if of is None else of
         for known, classes in self.batch.classes:
             if known is None or known == of:
                 return lambda logits: class_scores(logits, classes)
-        classes = of(checks.check_logits(self.logits).detach(), self.batch.y)
-        self.batch.classes.append((of, classes))
-        return lambda logits: class_scores(logits, classes)
+        self.batch.classes.append((of, of(checks.check_logits(self.logits).detach(), self.batch.y)))
+        return self._score_of(of)
 
     def _differentiated_twice(self) -> "Point":
         """The point by a pass of its own, without fused attention, which has no second derivative."""
@@ -344,13 +320,7 @@ class _TransformedPoint(Point):
 
 @final
 class Parts(Point):
-    """A batch of which some samples take a forward pass by themselves.
-
-    Args:
-        whole: The batch.
-        parts: Points of parts of it, which together hold every sample once.
-        rows: Which samples these are.
-    """
+    """A batch in parts that take forward passes of their own, and the rows of each."""
 
     def __init__(self, whole: Point, parts: Sequence[Point], rows: Sequence[Tensor]) -> None:
         vars(self).update(vars(Point.of(whole.batch, joined([part.x for part in parts], rows))))
@@ -371,8 +341,3 @@ class Parts(Point):
 
     def _joined(self, values_of: Callable[[Point], Any]) -> Any:
         return joined([values_of(part) for part in self._parts], self._rows)
-
-
-def replay_of(model: Model, x: Tensor) -> Replay:
-    """What makes all passes over a batch one function."""
-    return TransformedReplay(model, x.device) if in_transform() else EagerReplay(model, x.device)

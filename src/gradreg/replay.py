@@ -43,11 +43,12 @@ class Replay(ABC):
     _model: Callable[..., Any]
     _device: torch.device
     _drawn_from: dict[str, tuple[Any, ...]]  # by stage: the states of the generators before it
+    has_drawn: bool  # whether a stage has drawn random numbers, as far as that can be told
 
     def of_part(self) -> "Replay":
         """For passes over a part of the batch, which draw other numbers but find the same modules."""
         part = copy.copy(self)
-        part._drawn_from = {}
+        part._drawn_from, part.has_drawn = {}, False
         return part
 
     @abstractmethod
@@ -71,6 +72,7 @@ class Replay(ABC):
         if start is None:
             self._drawn_from[stage] = now
             yield
+            self.has_drawn |= _differ(now, _random_states(self._device))
             return
         try:
             _set_random_states(start, self._device)
@@ -78,23 +80,13 @@ class Replay(ABC):
         finally:
             _set_random_states(now, self._device)
 
-    @property
-    def has_drawn(self) -> bool:
-        """Whether random numbers were drawn since the first stage began, as far as that can be told."""
-        if not self._drawn_from:
-            return False
-        (on_cpu, on_device), of_python, of_numpy = next(iter(self._drawn_from.values()))
-        (cpu_now, device_now), python_now, numpy_now = _random_states(self._device)
-        same = torch.equal(on_cpu, cpu_now) and (on_device is None or torch.equal(on_device, cast("Tensor", device_now)))
-        return not same or of_python != python_now or str(of_numpy) != str(numpy_now)
-
 
 @final
 class EagerReplay(Replay):
     """For passes under autograd: any module keeps what it had, and all generators are known."""
 
     def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
-        self._model, self._device, self._drawn_from = model, device, {}
+        self._model, self._device, self._drawn_from, self.has_drawn = model, device, {}, False
         keepers = []
         self._frozen = False
         for module in model.modules() if isinstance(model, nn.Module) else ():
@@ -121,7 +113,7 @@ class TransformedReplay(Replay):
     """
 
     def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
-        self._model, self._device, self._drawn_from = model, device, {}
+        self._model, self._device, self._drawn_from, self.has_drawn = model, device, {}, False
         self._buffers = _moving_buffers(model)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
@@ -201,6 +193,7 @@ class ModuleState:
         # Objects are exchanged, not filled: a graph may have saved the tensors and needs them as they are now.
         memo: dict[int, Any] = {}
         now = [(module, self._kept_by(module)) for module, _ in self._before]
+        now = [(m, _copied(kept, {}) if isinstance(m, torch.jit.ScriptModule) else kept) for m, kept in now]
         try:
             for module, kept in self._before:
                 self._give(module, _copied(kept, memo))
@@ -211,11 +204,17 @@ class ModuleState:
 
     def _kept_by(self, module: nn.Module) -> Kept:
         own = vars(module)
+        if isinstance(module, torch.jit.ScriptModule):  # whose buffers are not its own
+            return {"": {}, "values": {name: buffer.detach() for name, buffer in module.named_buffers(recurse=False)}}
         attributes = {name: value for name, value in own.items() if name not in _INTERNAL}
         return {"": attributes, **{place: dict(own[place]) for place in self._places}}
 
     def _give(self, module: nn.Module, kept: Kept) -> None:
         own = vars(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            for name, values in kept["values"].items():
+                module.get_buffer(name).data.copy_(values)
+            return
         for name in [name for name in own if name not in _INTERNAL and name not in kept[""]]:
             del own[name]
         own.update(kept[""])
@@ -265,3 +264,12 @@ def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
     random.setstate(of_python)
     if of_numpy is not None:
         sys.modules["numpy"].random.set_state(of_numpy)
+
+
+def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    """Whether random numbers were drawn between two states."""
+    (cpu, device), python, numpy = before
+    (cpu_after, device_after), python_after, numpy_after = after
+    same = torch.equal(cpu, cpu_after) and (device is None or torch.equal(device, device_after))
+    # NumPy's state is a name, 624 numbers, and a position among them, which moves with every draw.
+    return not same or python != python_after or (numpy is not None and numpy[2:] != numpy_after[2:])

@@ -185,7 +185,8 @@ class Linf(ThreatModel):
     def dual_norm(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B"]:
         if box is not None:
             return self._rise(grad, box)
-        return _samples(self._stretch(at_least_float32(grad))).abs().sum(1)
+        grad = at_least_float32(grad)
+        return _samples(grad * self._eps_like(grad)).abs().sum(1)
 
     def maximizer(self, grad: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         signs, eps = grad.sign(), self._eps_like(grad)
@@ -198,7 +199,8 @@ class Linf(ThreatModel):
         return inside if box is None else inside.clamp_(*box)  # in place: it is a new tensor
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
-        return self._stretch(_empty(x).uniform_(-1, 1, generator=generator))
+        noise = torch.empty_like(x, memory_format=torch.contiguous_format).uniform_(-1, 1, generator=generator)
+        return noise * self._eps_like(x)
 
 
 @final
@@ -382,7 +384,11 @@ def bounds_like(bounds: Bounds, x: Tensor) -> Bounds:
 
 
 def clamped_(z: Tensor, bounds: Bounds) -> Tensor:
-    """Clamp z, in place, to two numbers or to two tensors."""
+    """Clamp z to two numbers or to two tensors: in place, where no transform may follow it."""
+    if isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor):
+        bounds = bounds_like(bounds, z)
+    if torch._C._functorch.is_functorch_wrapped_tensor(z):
+        return z.clamp(*bounds)  # type: ignore[arg-type]
     return z.clamp_(*bounds)  # type: ignore[arg-type]  # the stubs know either pair, not one type for both
 
 
@@ -447,7 +453,7 @@ def _column(x: Tensor) -> tuple[int, ...]:
 
 def _empty(x: Tensor) -> Tensor:
     """A tensor like x, always contiguous: noise must not depend on the memory format."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _radius_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from gradreg.gradients import outside_inference_mode
+
 
 @final
 class Inputs:
@@ -31,11 +33,12 @@ class Inputs:
     """
 
     def __init__(self, whole: Any, name: str | int | None = None) -> None:
-        self._whole, self._name = whole, name
         self.is_tensor = isinstance(whole, Tensor)
         if self.is_tensor:
-            self.x = whole
+            self._whole = self.x = whole
             return
+        self._whole, self._name = usable(whole), name
+        whole = self._whole
         entries = dict(whole) if isinstance(whole, Mapping) else dict(enumerate(whole)) if _is_list(whole) else {}
         if name is None:
             real = (key for key, entry in entries.items() if isinstance(entry, Tensor) and entry.is_floating_point())
@@ -58,7 +61,19 @@ class Inputs:
 
     def rows(self, rows: Tensor) -> "Inputs":
         """Those of some samples."""
-        return Inputs(taken(self._whole, rows, len(self.x)), self._name)
+        return Inputs(taken(self._whole, rows, len(self.x)), None if self.is_tensor else self._name)
+
+
+def usable(tree: Any) -> Any:
+    """The tree, with copies of the tensors made under inference_mode, which cannot be saved for a backward pass."""
+    if isinstance(tree, Tensor):
+        return outside_inference_mode(tree)
+    return _mapped(lambda leaf: outside_inference_mode(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def detached(tree: Any) -> Any:
+    """The tree, its tensors without their graphs."""
+    return _mapped(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def taken(tree: Any, rows: Tensor, count: int) -> Any:

@@ -8,27 +8,34 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from gradreg import (
+    FGSM,
     L1,
     L2,
+    NFGSM,
+    Attack,
     EdgeAlignmentPenalty,
     FiniteDifference,
     GradNormPenalty,
     Linf,
+    Noise,
     PenalizedLoss,
+    PGDAttack,
+    Point,
     Term,
     ThreatModel,
     edge_alignment,
     grad_norm,
     input_gradient_of,
     linear_ramp,
-    sampled_class,
 )
 
 from cases import (
+    CLASSES,
     FUNCTIONAL,
     OBJECTIVES,
     make_batch,
@@ -59,8 +66,8 @@ def test_models(model_name: str) -> None:
     _check(make_model(model_name), make_objective("both"))
 
 
-def _check(model: nn.Module, objective: PenalizedLoss) -> None:
-    x, y = make_batch()
+def _check(model: nn.Module, objective: PenalizedLoss, batch: tuple[Tensor, Tensor] | None = None) -> None:
+    x, y = make_batch() if batch is None else batch
     twin = make_model("batch_norm_train") if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else None
     expected = objective_gradient(objective, model, x, y)
     if twin is not None and model.training:  # eager has moved the statistics once; so must compiled
@@ -73,40 +80,157 @@ def _check(model: nn.Module, objective: PenalizedLoss) -> None:
         assert all(torch.allclose(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def test_dropout_draws_classes_and_trains() -> None:
-    model, (x, y) = make_model("dropout_eval").train(), make_batch()
-    terms = {"e": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5, of=sampled_class(0.5))}
-    objective = PenalizedLoss(per_sample_cross_entropy, terms)
+@pytest.mark.parametrize("name", ["dropout", "functional dropout", "noise"])
+def test_an_exact_penalty_draws_classes_and_trains(name: str) -> None:
+    """One forward pass is enough for it, and may draw what it likes."""
+    model, (x, y) = _random(name), make_batch()
+    objective = PenalizedLoss(per_sample_cross_entropy, {"e": Term(EdgeAlignmentPenalty(sigma=0.6), 0.5)})
     step = torch.compile(lambda x, y: objective(model, x, y).total, backend="aot_eager", fullgraph=True)
     gradient = torch.autograd.grad(step(x, y), parameters_of(model))
     assert all(torch.isfinite(g).all() for g in gradient)
     assert any(bool(g.any()) for g in gradient)
 
 
-@pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_finite_differences(scheme: str) -> None:
-    _check(make_model("conv"), make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme)))
+class _Random(nn.Module):
+    """A model that draws random numbers on its way."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act, self.first, self.last = act, nn.Linear(72, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(F.gelu(self.first(x.flatten(1)))))
 
 
-def test_half_of_the_batch_at_noisy_points_in_one_pass() -> None:
-    """Other numbers are drawn than eagerly, so that what is compared is the gradient where they do not matter."""
-    model, (x, y) = make_model("conv"), make_batch(4)
-    same = x[:1].expand_as(x), y[:1].expand_as(y)
-    options = {"noise": Linf(0.0), "fraction": 0.5, "differentiation": FiniteDifference(0.1, one_pass=True)}
-    objective = make_objective("grad_norm Linf", **options)
+def _random(name: str) -> nn.Module:
+    if name == "dropout":
+        return make_model("dropout_eval").train()
+    acts: dict[str, Callable[[Tensor], Tensor]] = {
+        "functional dropout": lambda h: F.dropout(h, 0.5),
+        "noise": lambda h: h + torch.randn_like(h),
+        "random depth": lambda h: h * torch.rand(len(h), 1, dtype=h.dtype).round(),
+    }
+    return _Random(acts[name]).double()
+
+
+RANDOM = "dropout", "functional dropout", "noise", "random depth"
+TERMS = {"p": Term(GradNormPenalty(Linf(0.1)))}
+
+
+def _dropped_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return per_sample_cross_entropy(F.dropout(logits, 0.3), y)
+
+
+@pytest.mark.parametrize("name", [*RANDOM, "criterion"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"terms": TERMS, "differentiation": FiniteDifference(0.1)},
+        {"terms": TERMS, "differentiation": FiniteDifference(0.1, scheme="central")},
+        {"terms": {"e": Term(EdgeAlignmentPenalty(sigma=0.6))}, "differentiation": FiniteDifference(0.1, Linf(0.1))},
+        {"at": NFGSM(Linf(0.1), share=0.5)},
+        {"at": NFGSM(Linf(0.1))},
+        {"at": FGSM(Linf(0.1))},
+        {"at": PGDAttack(Linf(0.1), steps=2, best=False)},
+    ],
+)
+def test_two_passes_that_would_draw_other_numbers_are_refused(name: str, options: dict[str, object]) -> None:
+    """In a compiled region none can be set back."""
+    (x, y), differs = make_batch(4), name == "criterion"
+    model = make_model("conv") if differs else _random(name)
+    if differs and isinstance(dict(options.get("terms", {})).get("e"), Term):
+        pytest.skip("the score of a class is without the criterion")
+    objective = PenalizedLoss(_dropped_cross_entropy if differs else per_sample_cross_entropy, **options)
+    objective(model, x, y).total.backward()
     step = torch.compile(lambda x, y: objective(model, x, y).total, backend="aot_eager", fullgraph=True)
-    found = torch.autograd.grad(step(*same), parameters_of(model))
-    assert relative_error(list(found), objective_gradient(objective, model, *same)) < 1e-12
+    with pytest.raises(Exception, match="random"):
+        step(x, y).backward()
+
+
+def two_points(point: Point) -> Tensor:
+    """A penalty of two gradients."""
+    there = point.at(point.x + 0.05 * point.x.cos()).gradient()
+    return (point.gradient() - there).flatten(1).square().sum(1)
+
+
+@pytest.mark.parametrize("differentiation", [None, FiniteDifference(0.1, Linf(0.1))])
+def test_penalties_of_two_gradients(differentiation: FiniteDifference | None) -> None:
+    terms = {"p": Term(two_points, 0.7)}
+    _check(make_model("conv"), PenalizedLoss(per_sample_cross_entropy, terms, differentiation=differentiation))
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+@pytest.mark.parametrize("model_name", ["conv", "attention", "batch_norm_train"])
+@pytest.mark.filterwarnings("ignore:.*statistics of the batch:gradreg.GradregWarning")
+def test_finite_differences(model_name: str, scheme: str) -> None:
+    _check(make_model(model_name), make_objective("both", differentiation=FiniteDifference(0.1, Linf(0.1), scheme)))
+
+
+PLACES: dict[str, Attack] = {
+    "noise": Noise(Linf(0.0)),
+    "FGSM": FGSM(Linf(0.1)),
+    "FGSM, L2": FGSM(L2(0.5)),
+    "N-FGSM": NFGSM(Linf(0.1), noise=0.0),
+    "N-FGSM of half": NFGSM(Linf(0.1), noise=0.0, share=0.5),
+    "PGD": PGDAttack(Linf(0.1), steps=2, best=False, early_stop=False, random_start=False),
+    "PGD, best": PGDAttack(L1(1.0), steps=2, random_start=False),
+}
+PENALISED = {
+    "loss": {},
+    "exact": {"terms": OBJECTIVES["both"]},
+    "difference": {"terms": OBJECTIVES["both"], "differentiation": FiniteDifference(0.1, Linf(0.1))},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("penalised", PENALISED)
+def test_places(place: str, penalised: str) -> None:
+    """Other numbers are drawn than eagerly, so that what is compared is the gradient where they do not matter."""
+    x, y = make_batch(4)
+    same = x[:1].repeat(4, 1, 1, 1), y[:1].repeat(4)
+    _check(make_model("conv"), PenalizedLoss(per_sample_cross_entropy, at=PLACES[place], **PENALISED[penalised]), same)
+
+
+@pytest.mark.parametrize("place", ["N-FGSM", "N-FGSM of half", "PGD", "noise"])
+def test_places_where_samples_see_each_other(place: str) -> None:
+    """BatchNorm in training mode; its statistics move once, and are those of the whole attacked batch."""
+    x, y = make_batch(4)
+    model, twin, compiled = (make_model("batch_norm_train") for _ in range(3))
+    at = PLACES[place]
+    same = (x[:1].repeat(4, 1, 1, 1), y[:1].repeat(4)) if place == "N-FGSM of half" else (x, y)
+    objective = PenalizedLoss(per_sample_cross_entropy, at=at)
+    expected = objective_gradient(objective, model, *same)
+    out = objective(twin, *same)
+    step = torch.compile(lambda x, y: objective(compiled, x, y).total, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(step(*same), parameters_of(compiled))
+    assert relative_error(list(found), expected) < 1e-11
+    fresh = make_model("batch_norm_train")
+    fresh(out.x)
+    assert all(torch.allclose(a, b) for a, b in zip(compiled.buffers(), fresh.buffers(), strict=True))
+
+
+def test_the_recommended_objective_moves_a_half_and_stays_in_bounds() -> None:
+    """With the random numbers of the compiled region, step by step other ones."""
+    model, (x, y) = make_model("conv"), make_batch(8)
+    objective = PenalizedLoss(at=NFGSM(Linf(0.1), share=0.5))
+    step = torch.compile(lambda x, y: objective(model, x, y)[4], backend="aot_eager", fullgraph=True)
+    first, second = step(x, y), step(x, y)
+    assert not torch.equal(first, second)
+    for z in (first, second):
+        assert ((z >= 0) & (z <= 1)).all()
+        assert ((z - x).abs() <= 0.2 + 1e-12).all()
+        assert ((z - x).abs().flatten(1).amax(1) > 0.1 + 1e-9).sum() == 4
 
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # dynamo looks at it
-def test_one_pass_around_a_compiled_model() -> None:
-    model, (x, y) = make_model("conv"), make_batch()
-    objective = make_objective("grad_norm Linf", differentiation=FiniteDifference(0.1, one_pass=True))
-    compiled = torch.compile(model, backend="aot_eager")
-    found = objective_gradient(objective, compiled, x, y)
+@pytest.mark.parametrize("place", ["N-FGSM of half", "PGD"])
+def test_places_around_a_compiled_model(place: str) -> None:
+    model, (x, y) = make_model("conv"), make_batch(4)
+    x, y = x[:1].repeat(4, 1, 1, 1), y[:1].repeat(4)
+    objective = PenalizedLoss(per_sample_cross_entropy, at=PLACES[place])
+    found = objective_gradient(objective, torch.compile(model, backend="aot_eager"), x, y)
     assert relative_error(found, objective_gradient(objective, model, x, y)) < 1e-12
 
 
@@ -119,20 +243,21 @@ def test_a_ramp_compiles_a_few_times_and_not_at_every_step() -> None:
     assert counter.frame_count <= 5
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_a_ramp_of_finite_differences(one_pass: bool, fraction: float) -> None:
+@pytest.mark.parametrize("at", [None, NFGSM(Linf(0.1), noise=0.0)])
+def test_a_ramp_of_finite_differences(fraction: float, at: Attack | None) -> None:
     (x, y), model = make_batch(), make_model("conv")
     x, y = x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()  # whichever is drawn
     objective = PenalizedLoss(
         per_sample_cross_entropy,
         {"grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=linear_ramp(0.4, duration=3))},
+        at=at,
         loss_weight=0.8,
-        differentiation=FiniteDifference(1.0, one_pass=one_pass),
+        differentiation=FiniteDifference(1.0),
         fraction=fraction,
     )
     step = torch.compile(lambda x, y, t: objective(model, x, y, t=t).total, backend="aot_eager", fullgraph=True)
-    for t in range(5):  # at the ramp's end half of the batch takes all of the loss at x away
+    for t in range(5):
         expected = torch.autograd.grad(objective(model, x, y, t=t).total, parameters_of(model))
         found = torch.autograd.grad(step(x, y, t), parameters_of(model))
         assert relative_error(list(found), list(expected)) < 1e-11

@@ -15,7 +15,7 @@ from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import InputOnly
 from gradreg.gradients import in_transform, outside_inference_mode
 from gradreg.point import Batch, Model, Point
-from gradreg.threat_models import Bounds, Eps, ThreatModel, bounds_like, clamped_
+from gradreg.threat_models import Bounds, Eps, ThreatModel, clamped_
 from gradreg.trees import Inputs, taken
 
 
@@ -93,7 +93,7 @@ class Attack(ABC):
 
     def perturb(self, point: Point) -> Tensor:
         """The perturbed inputs of a point, detached."""
-        with self._ready(point.model, warns=False):
+        with self._ready(point.batch.model, warns=False):
             return self._perturb(point, None)
 
     def check(self, x: Tensor) -> None:
@@ -132,7 +132,7 @@ class Attack(ABC):
     def _moved(self, x: Tensor, change: Tensor) -> Tensor:
         """x + change, within the bounds."""
         z = x + change
-        return z if self.bounds is None else clamped_(z, bounds_like(self.bounds, x))
+        return z if self.bounds is None else clamped_(z, self.bounds)
 
     @contextmanager
     def _ready(self, model: object, *, warns: bool = True) -> Iterator[None]:
@@ -216,7 +216,7 @@ class LossAttack(Attack):
             )
         return -grad.detach() if self.targeted else grad.detach()
 
-    def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
+    def _done(self, logits: Any, y: Any) -> Tensor | None:
         """Which samples need no further search; None for an attack that searches to its end."""
         return None
 

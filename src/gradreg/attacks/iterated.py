@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -62,13 +62,13 @@ class IteratedAttack(LossAttack):
     def scaled(self, factor: Eps) -> "IteratedAttack":
         return replace(self, threat=self.threat.scaled(factor))
 
-    def _done(self, logits: Tensor, y: Tensor) -> Tensor | None:
+    def _done(self, logits: Any, y: Any) -> Tensor | None:
         if not self.early_stop:
             return None
-        if logits.ndim != 2 or logits.shape[1] < 2:
+        if not (isinstance(logits, Tensor) and isinstance(y, Tensor) and logits.ndim == 2 and logits.shape[1] > 1):
             raise ValueError(
-                f"{type(self).__name__}: early_stop compares classes and needs logits of shape (B, K), K > 1, got "
-                f"{tuple(logits.shape)}. Use early_stop=False, or pgd with a losses_at that says who is done."
+                f"{type(self).__name__}: early_stop compares classes and needs logits of shape (B, K), K > 1, and "
+                "labels of classes. Use early_stop=False, or pgd with a losses_at that says who is done."
             )
         reached = logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         return reached if self.targeted else ~reached

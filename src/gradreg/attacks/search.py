@@ -182,8 +182,8 @@ class Search:
 
     def _differentiated(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         if in_transform():
-            losses, pull_back, done = torch.func.vjp(self._losses, z, has_aux=True)
-            return losses, done, pull_back(torch.ones_like(losses))[0].detach()
+            losses, pull_back = torch.func.vjp(lambda z: self._losses(z.clone())[0], z)
+            return losses.detach(), None, pull_back(torch.ones_like(losses))[0].detach()
         leaf = z.requires_grad_()
         losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place
         if not losses.requires_grad:
@@ -191,7 +191,10 @@ class Search:
                 "The losses do not depend on the input. The model detaches it, or runs its forward under "
                 "torch.no_grad()."
             )
-        return losses, done, torch.autograd.grad(losses.sum(), leaf)[0]
+        (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+        if grad is None:
+            raise RuntimeError("The losses do not depend on the input: the model detaches it.")
+        return losses, done, grad
 
     def step(self, delta: Tensor, grad: Tensor, stride: ThreatModel) -> Tensor:
         """The active samples' next perturbations: further up by the ascent of ``stride``."""

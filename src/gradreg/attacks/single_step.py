@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gradreg import modes
 from gradreg.attacks.attack import Attack, LossAttack
-from gradreg.attacks.search import check_attackable, check_index, may_look
+from gradreg.attacks.search import check_attackable, check_index, grad_enabled, may_look
 from gradreg.noise import noise_for
 from gradreg.point import Parts, Point
-from gradreg.threat_models import ThreatModel, bounds_like, clamped_, room, rows_of
+from gradreg.threat_models import ThreatModel, clamped_, room, rows_of
 
 
 @final
@@ -45,8 +45,7 @@ class Noise(Attack):
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x = point.x
         check_index("Noise", x, self.seed, index)
-        if not point.batch.checked:
-            check_attackable(x, self.threat, self.bounds, self.out_of_bounds, may_look(self, x))
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
         return self._moved(x, _noise(x, self.threat, self.seed, index))
 
 @final
@@ -71,9 +70,8 @@ class FGSM(LossAttack):
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x = point.x
-        if not point.batch.checked:
-            check_attackable(x, self.threat, self.bounds, self.out_of_bounds, may_look(self, x))
-        box = None if self.bounds is None else room(x, bounds_like(self.bounds, x))
+        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
+        box = None if self.bounds is None else room(x, self.bounds)
         return self._moved(x, self.threat.ascent(self._slope(point), torch.zeros_like(x), box))
 
 @final
@@ -127,7 +125,7 @@ class NFGSM(LossAttack):
         return replace(self, share=1.0, seed=self.seed if self.seed is not None else seed)
 
     def move(self, point: Point, *, differentiable: bool = True) -> Point:
-        with modes.evaluating(point.batch.model) if self.mode == "eval" else nullcontext():
+        with grad_enabled(), modes.evaluating(point.batch.model) if self.mode == "eval" else nullcontext():
             z, rows, part = self._stepped(point, None)
         replay = part.batch.replay
         if part is point or replay is None or not replay.has_drawn or modes.batch_norms(point.batch.model):
@@ -144,7 +142,7 @@ class NFGSM(LossAttack):
     def _stepped(self, point: Point, index: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], Point]:
         """The perturbed batch; which of its samples have moved, and which not; and those that have, as a batch."""
         x, threat, bounds, rows = point.x, self.threat, self.bounds, ()
-        if not point.batch.checked:
+        if not point.batch.checked or x.dtype not in (torch.float32, torch.float64):
             check_attackable(x, threat, bounds, self.out_of_bounds, may_look(self, x))
         ball = threat if self.noise == 1 else threat.scaled(self.noise)
         z = noisy = self._moved(x, ball.sample_like(x) if self.seed is None else _noise(x, ball, self.seed, index))
@@ -157,7 +155,7 @@ class NFGSM(LossAttack):
                 bounds = rows_of(bounds[0], rows[0], z), rows_of(bounds[1], rows[0], z)
         moved = noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x)
         if bounds is not None:
-            moved = clamped_(moved, bounds_like(bounds, x))
+            moved = clamped_(moved, bounds)
         return z.index_copy(0, rows[0], moved) if rows else moved, rows, point
 
 

@@ -10,8 +10,9 @@ from gradreg import modes
 from gradreg.attacks import FGSM, Attack, PGDAttack, RandomSearch, TransferAttack, pgd
 from gradreg.checks import GradregWarning
 from gradreg.criteria import cross_entropy, margin
+from gradreg.differentiation import InputOnly
 from gradreg.evaluation.report import Flag
-from gradreg.gradients import input_gradient
+from gradreg.point import Point
 from gradreg.streaming import Model
 from gradreg.threat_models import Bounds, Linf, ThreatModel
 
@@ -134,8 +135,7 @@ def _outputs(model: Model, x: Tensor) -> tuple[Flag, Flag]:
 
 
 def _zero_gradients(model: Model, x: Tensor, y: Tensor) -> Flag:
-    leaf = x.clone().requires_grad_()
-    grad = input_gradient(cross_entropy(model(leaf.clone()), y), leaf, create_graph=False)
+    grad = Point(model, cross_entropy, x, y, differentiation=InputOnly(), look=False).gradient()
     flat = int((grad.flatten(1).abs().amax(1) == 0).sum())
     return Flag("zero gradients", flat > 0, f"{flat} of {len(x)} samples have an input gradient of exactly 0")
 

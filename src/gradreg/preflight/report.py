@@ -1,45 +1,10 @@
-"""What preflight says: findings, and the report that holds them."""
+"""The report of what preflight has found, and of what works."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
-from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
-
-Severity = Literal["error", "warning"]
-
-OR_FINITE_DIFFERENCE = "or take FiniteDifference(), which needs no second derivative"
-_NAMES_SHOWN = 4
-
-
-@final
-@dataclass(frozen=True)
-class Finding:
-    """One thing that preflight found.
-
-    Attributes:
-        severity: ``"error"``: the exact penalty raises, trains nothing, or trains wrongly. ``"warning"``: it
-            works, but hardly as intended.
-        where: Qualified names of the modules, as in ``model.named_modules()``, joined by commas, or
-            ``"the criterion"``; empty for the model or the batch as a whole.
-        problem: What is wrong.
-        mend: What to do about it; empty where the problem's text ends in it.
-        second_only: Whether only the second derivative is at fault, so that finite differences work.
-    """
-
-    severity: Severity
-    where: str
-    problem: str
-    mend: str = ""
-    second_only: bool = False
-
-    def __str__(self) -> str:
-        names = self.where.split(", ") if self.where else []
-        shown = ", ".join(names[:_NAMES_SHOWN])
-        if len(names) > _NAMES_SHOWN:
-            shown += f", ... ({len(names)} modules)"
-        lines = [f"{self.severity}: {shown}: {self.problem}" if shown else f"{self.severity}: {self.problem}"]
-        return "\n  mend: ".join([*lines, self.mend] if self.mend else lines)
+from gradreg.differentiation import Differentiation
+from gradreg.findings import Finding
 
 
 @final
@@ -49,39 +14,35 @@ class PreflightReport:
 
     Attributes:
         findings: The findings.
+        works: The differentiation with which the step was tried and works, if there is one: the objective's own, or
+            finite differences instead of second derivatives.
     """
 
     findings: tuple[Finding, ...]
+    works: Differentiation | None = None
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings that keep the exact penalty from working."""
+        """The findings that keep the objective, as it is, from working."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     @property
     def ok(self) -> bool:
-        """Whether the exact penalty works and its gradient reaches the parameters."""
+        """Whether nothing keeps the objective, as it is, from working."""
         return not self.errors
 
-    def differentiation(self, *, one_pass: bool = False) -> Differentiation:
-        """What to give :class:`gradreg.PenalizedLoss`: the exact gradient where it works, else finite differences.
+    def differentiation(self) -> Differentiation:
+        """What to give :class:`gradreg.PenalizedLoss`: the objective's own where that works, else finite differences.
 
         A transformer keeps its fused attention so, and a compiled model stays compiled. Warnings are not weighed: a
-        network of ReLUs can be differentiated twice, to little use. The trial ended at the first error; what comes
-        after it in the model was run forwards and backwards once.
-
-        Args:
-            one_pass: As of :class:`gradreg.FiniteDifference`, for objectives whose terms are all a
-                :class:`gradreg.GradNormPenalty` of the loss.
+        network of ReLUs can be differentiated twice, to little use.
 
         Raises:
-            RuntimeError: If there is an error that finite differences do not spare; it holds the whole report.
+            RuntimeError: If nothing that was tried works; it holds the whole report.
         """
-        if self.ok:
-            return DoubleBackward()
-        if not all(finding.second_only for finding in self.errors):
-            self.raise_for_errors()
-        return FiniteDifference(one_pass=one_pass)
+        if self.works is None:
+            raise RuntimeError(str(self))
+        return self.works
 
     def raise_for_errors(self) -> None:
         """Raise a RuntimeError that holds the whole report, if there is an error in it."""
@@ -89,37 +50,5 @@ class PreflightReport:
             raise RuntimeError(str(self))
 
     def __str__(self) -> str:
-        verdict = "preflight: the exact penalty " + ("works" if self.ok else "does not work")
-        return "\n".join([verdict, *map(str, self.findings)])
-
-
-class FoundError(Exception):
-    """Ends the trial at its first error, since nothing after it can be tried."""
-
-    def __init__(self, *findings: Finding) -> None:
-        super().__init__(*findings)
-        self.findings = findings
-
-
-def failure(where: str, problem: str, mend: str = "", *, second_only: bool = False) -> FoundError:
-    """The exception for one error."""
-    return FoundError(Finding("error", where, problem, mend, second_only))
-
-
-def modules_of(parameters: Iterable[str]) -> str:
-    """The modules that hold these parameters."""
-    return join(name.rpartition(".")[0] for name in parameters)
-
-
-def join(names: Iterable[str]) -> str:
-    """Names of modules as a finding holds them; the model itself has none."""
-    return ", ".join(dict.fromkeys(filter(None, names)))
-
-
-def complaint_of(check: Callable[..., object], *args: object) -> str | None:
-    """What a check of :mod:`gradreg.checks` complains of."""
-    try:
-        check(*args)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return None
+        verdict = "works" if self.ok else "does not work" if self.works is None else "works with finite differences only"
+        return "\n".join([f"preflight: the objective {verdict}", *map(str, self.findings)])

@@ -1,6 +1,7 @@
 """Who made which node of an autograd graph: a forward pass traced by hooks at the modules' entries and exits."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
@@ -11,17 +12,19 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from gradreg.gradients import Node, new_nodes
+from gradreg.findings import CRITERION
+from gradreg.graphs import Node, new_nodes
+from gradreg.preflight.step import Step, tensors_in
 from gradreg.wrappers import is_compiled
 
 # Nodes that raise when a backward pass reaches them: operations without a derivative, or differentiable only once.
-BARRIERS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
-# Nodes that raise by themselves, when they are differentiated again or by torch.autograd.grad.
-ONLY_ONCE = (*BARRIERS, "CompiledFunction", "CheckpointFunctionBackward")
+_BARRIERS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
+REENTRANT = "CheckpointFunctionBackward"
+COMPILED = "CompiledFunction"
 
 
 @dataclass
-class Call:
+class _Call:
     """One call of a module: where its tensors hang in the autograd graph, and whether they were finite."""
 
     name: str
@@ -33,7 +36,7 @@ class Call:
 
 @final
 class Trace:
-    """A forward pass in which every node of the autograd graph is known by the module that made it.
+    """Model and criterion at x, with every node of the autograd graph known by the module that made it.
 
     A node belongs to the innermost module inside which it was made. Hooks at the entries and exits of modules
     suffice to tell: what hangs behind a module's inputs and is not claimed yet was made by the module around it,
@@ -41,82 +44,80 @@ class Trace:
     left in one piece.
 
     Args:
+        step: What is traced, on copies.
         look: Whether to look at the values too, which takes long.
 
     Attributes:
-        calls: The finished calls, innermost first.
+        logits: What the criterion takes.
+        losses: The criterion's values.
     """
 
-    def __init__(self, *, look: bool = False) -> None:
+    def __init__(self, step: Step, *, look: bool = False) -> None:
         self._look = look
-        self.calls: list[Call] = []
-        self._open: list[Call] = []
+        self._calls: list[_Call] = []  # finished ones, innermost first
+        self._open: list[_Call] = []
         self._owners: dict[Node, str] = {}
+        batch = step.batch
+        leaf = batch.inputs.x.detach().requires_grad_()
+        self._source = get_gradient_edge(leaf)
+        with self._hooked(step.model):
+            output = batch.inputs.given_to(step.model, leaf.clone())
+        self._claim(tensors_in(output), "")
+        self.logits = batch.read(output)
+        self.losses = batch.criterion(self.logits, step.y)
+        self._claim([self.losses], CRITERION)
 
     @property
-    def innermost(self) -> str:
-        """The module that was running when the forward pass raised."""
-        return self._open[-1].name if self._open else ""
+    def depends_on_x(self) -> bool:
+        """Whether a graph leads from the logits to the input."""
+        graph = new_nodes([tensor.grad_fn for tensor in tensors_in(self.logits)], ())
+        return self._source.node in graph
 
-    def run(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The model's output for a copy of x, traced."""
-        leaf = x.detach().clone().requires_grad_()
-        self._source = get_gradient_edge(leaf)
-        handles: list[RemovableHandle] = []
-        try:
-            for name, module in model.named_modules():
-                # TorchScript takes no hooks, and torch.compile would compile them with the module.
-                if not (isinstance(module, torch.jit.ScriptModule) or is_compiled(module)):
-                    handles.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
-                    handles.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
-            output = model(leaf)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.claim(tensors_in(output), "")
-        return output
-
-    def claim(self, tensors: Iterable[Tensor], name: str) -> None:
-        """Ascribe the nodes behind the tensors to a module, as far as no other module made them."""
-        self._owners.update(dict.fromkeys(new_nodes([tensor.grad_fn for tensor in tensors], self._owners), name))
+    def gradient(self) -> tuple[Tensor, bool]:
+        """The input gradient of the losses, and whether they have one with respect to the logits that is not 0."""
+        logits = _edges(tensors_in(self.logits))
+        grad, *slopes = torch.autograd.grad(self.losses.sum(), [self._source, *logits], allow_unused=True)
+        return grad, any(slope is not None and any_nonzero(slope) for slope in slopes)
 
     def where_graph_ends(self) -> str:
         """The first module whose input hangs on x and whose output does not."""
-        edges = [edge.node for call in self.calls for edge in (*call.inputs, *call.outputs)]
+        edges = [edge.node for call in self._calls for edge in (*call.inputs, *call.outputs)]
         users: dict[Node, list[Node]] = {}
         for node in new_nodes(edges, ()):
             for used, _ in node.next_functions:
-                if used is not None:
-                    users.setdefault(used, []).append(node)
+                users.setdefault(used, []).append(node)
         dependent, pending = set(), [self._source.node]
         while pending:
             node = pending.pop()
             if node not in dependent:
                 dependent.add(node)
                 pending.extend(users.get(node, ()))
-        return self._first(
-            lambda call: (
-                any(edge.node in dependent for edge in call.inputs)
-                and not any(edge.node in dependent for edge in call.outputs)
-            )
-        )
+
+        def depends(edges: list[GradientEdge]) -> bool:
+            return any(edge.node in dependent for edge in edges)
+
+        return self._first(lambda call: depends(call.inputs) and not depends(call.outputs))
 
     def where_not_finite(self) -> str:
-        """The first module with a finite input and an output that is not; for a trace that looks."""
-        return self._first(lambda call: call.finite_in and not call.finite_out)
+        """The first module with a finite input and an output that is not, or the criterion; for a trace that looks."""
+        found = self._first(lambda call: call.finite_in and not call.finite_out)
+        return found or ("" if all_finite(self.losses) else CRITERION)
 
-    def where_gradient_turns(self, losses: Tensor, sound: Callable[[Tensor], bool]) -> str:
+    def where_gradient_turns(self, sound: Callable[[Tensor], bool]) -> str:
         """The first module with a sound gradient at its output and none at its input."""
-        edges = [edge for call in self.calls for edge in (*call.inputs, *call.outputs)]
-        grads = torch.autograd.grad(losses.sum(), edges, allow_unused=True)
+        edges = [edge for call in self._calls for edge in (*call.inputs, *call.outputs)]
+        grads = torch.autograd.grad(self.losses.sum(), edges, allow_unused=True)
         whole = {edge for edge, grad in zip(edges, grads, strict=True) if grad is not None and sound(grad)}
         return self._first(lambda call: whole.isdisjoint(call.inputs) and not whole.isdisjoint(call.outputs))
 
-    def undifferentiable(self, losses: Tensor) -> dict[str, list[str]]:
-        """The kinds of nodes without a second derivative, and the modules that made them.
+    def undifferentiable(self, *, twice: bool) -> dict[str, list[str]]:
+        """The kinds of nodes that cannot be differentiated as often as they have to be, and the modules that made them.
 
         The first backward pass is watched: among the nodes that it builds for the second one are the barriers. If
         the first one raises already, the node that started last is at fault.
+
+        Args:
+            twice: Whether there is a second one.
         """
         found: dict[str, set[str]] = {}
         known = set(self._owners)
@@ -128,16 +129,17 @@ class Trace:
         def finish(node: Node, grad_inputs: Iterable[Tensor | None], grad_outputs: object) -> None:
             built = new_nodes([grad.grad_fn for grad in grad_inputs if grad is not None], known)
             known.update(built)
-            if any(new.name() in BARRIERS for new in built):
+            if any(new.name() in _BARRIERS for new in built):
                 found.setdefault(node.name(), set()).add(self._owners[node])
 
+        only_once = (*_BARRIERS, REENTRANT, *([COMPILED] if twice else []))
         handles = []
         for node, owner in self._owners.items():
-            if node.name().startswith(ONLY_ONCE):
+            if node.name().startswith(only_once):
                 found.setdefault(node.name(), set()).add(owner)
             handles += [node.register_prehook(partial(start, node)), node.register_hook(partial(finish, node))]
         try:
-            torch.autograd.grad(losses.sum(), self._source, create_graph=True)
+            torch.autograd.grad(self.losses.sum(), self._source, create_graph=twice)
         except RuntimeError:
             if not found and started:
                 found[started[-1].name()] = {self._owners[started[-1]]}
@@ -151,34 +153,42 @@ class Trace:
         """The modules that ran an autograd.Function."""
         return [owner for node, owner in self._owners.items() if isinstance(node, BackwardCFunction)]
 
-    def _first(self, condition: Callable[[Call], bool]) -> str:
-        return next((call.name for call in self.calls if condition(call)), "")
+    def _claim(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Ascribe the nodes behind the tensors to a module, as far as no other module made them."""
+        self._owners.update(dict.fromkeys(new_nodes([tensor.grad_fn for tensor in tensors], self._owners), name))
+
+    def _first(self, condition: Callable[[_Call], bool]) -> str:
+        return next((call.name for call in self._calls if condition(call)), "")
+
+    @contextmanager
+    def _hooked(self, model: nn.Module) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        # TorchScript takes no hooks, and torch.compile would compile them with the module.
+        whole = {inner for outer in model.modules() if is_compiled(outer) for inner in outer.modules()}
+        try:
+            for name, module in model.named_modules():
+                if not (isinstance(module, torch.jit.ScriptModule) or module in whole):
+                    handles.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
+                    handles.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _enter(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
         tensors = list(tensors_in([args, kwargs]))
-        self.claim(tensors, self.innermost)
-        self._open.append(Call(name, _edges(tensors), self._finite(tensors)))
+        self._claim(tensors, self._open[-1].name if self._open else "")
+        self._open.append(_Call(name, _edges(tensors), self._finite(tensors)))
 
     def _leave(self, name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         tensors = list(tensors_in(output))
-        self.claim(tensors, name)
+        self._claim(tensors, name)
         call = self._open.pop()
         call.outputs, call.finite_out = _edges(tensors), self._finite(tensors)
-        self.calls.append(call)
+        self._calls.append(call)
 
     def _finite(self, tensors: Iterable[Tensor]) -> bool:
-        return not self._look or all(all_finite(tensor) for tensor in tensors)
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+        return not self._look or all(map(all_finite, tensors))
 
 
 def _edges(tensors: Iterable[Tensor]) -> list[GradientEdge]:

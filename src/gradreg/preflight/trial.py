@@ -1,192 +1,156 @@
-"""The exact penalty run once on a batch, and the reason if it breaks."""
+"""A training step, tried on copies, and the reason if it breaks."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from gradreg.checks import check_labels, check_logits
-from gradreg.criteria import Criterion
-from gradreg.gradients import check_scores, input_gradient, new_nodes
-from gradreg.penalties import grad_norm
+from gradreg import findings as table
+from gradreg.checks import GradregWarning
+from gradreg.findings import CRITERION, Finding
 from gradreg.preflight.comparison import compare
-from gradreg.preflight.report import OR_FINITE_DIFFERENCE, Finding, FoundError, complaint_of, failure, join, modules_of
-from gradreg.preflight.restore import filled
-from gradreg.preflight.trace import BARRIERS, Trace, all_finite, any_nonzero, tensors_in
-from gradreg.threat_models import Linf
+from gradreg.preflight.step import Step, tensors_in
+from gradreg.preflight.trace import COMPILED, REENTRANT, Trace, all_finite, any_nonzero
 from gradreg.wrappers import is_compiled
 
-_CRITERION = "the criterion"
-_MEND_FIRST = "Mend this first; it fails without a penalty too."
-_INSTEAD = "Take FiniteDifference(), which needs no second derivative."
-_MEND_NAN = "Keep norms, square roots and divisions away from 0 by an epsilon."
-_STEP_FUNCTION = (
-    "the input gradient is exactly 0, though the loss changes with the logits: a step function is on the way.",
-    "Take round(), sign(), quantisation and the like off the way from x, or give them a straight-through gradient.",
-)
-_KEPT = (
-    "it keeps tensors of one forward pass for the next, whose graph is gone by then: the second step raises, with or "
-    "without a penalty, and what is kept does not follow the weights.",
-    "timm keeps attention biases in eval mode alone: call model.train(), then eval() on the modules that need it, such "
-    "as BatchNorm; in a model of your own, keep nothing that has a graph.",
-)
-_BLANK = (
-    "its weight is 0, as of a fresh classifier: nothing of the loss reaches x before the optimiser's first step. The "
-    "rest was tried with random numbers in its place.",
-    "Nothing has to be done for training from scratch; otherwise look at the checkpoint.",
-)
-_SATURATED = (
-    "the loss is saturated, its gradient exactly 0 at the logits: the penalty's values could not be checked.",
-    "Try samples that the model gets wrong, or a criterion that does not saturate, such as a margin of logits.",
-)
+_ENGINE = (torch.autograd.__file__, torch.autograd.graph.__file__)
+
+
+class Place(NamedTuple):
+    """What was running when a step raised.
+
+    Attributes:
+        kind: ``"model"``, ``"criterion"``, ``"penalty"``, ``"check"`` of losses, or ``"engine"``, autograd's.
+        name: Of the module, or what a finding calls the place.
+    """
+
+    kind: str
+    name: str
 
 
 @final
 @dataclass(frozen=True)
-class Trial:
-    """The exact penalty on one batch: raises FoundError where it breaks."""
+class _Outcome:
+    """How a step went.
 
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    criterion: Criterion
+    Attributes:
+        error: What it raised.
+        places: What was running then, from the outside to the inside.
+        kept: The modules that have used a tensor of an earlier step's graph.
+        loss_is_finite: Whether the loss is finite.
+        broken: The parameters whose gradient is not.
+        warned: What the library has warned of.
+    """
 
-    def findings(self) -> Iterator[Finding]:
-        """Run it; what comes out are warnings."""
-        logits, grad, slopes = self._differentiated()
-        if _holders_of_graphs(self.model):
-            self._differentiated()  # now what they hold is used
-        if not grad.isfinite().all():
-            raise failure(self._turns(all_finite), "the input gradient is NaN or infinite here.", _MEND_NAN)
-        if grad.any():
-            _check_slopes(slopes)
-            self._compare()
-        elif self._slope(logits.detach().requires_grad_()).any():
-            yield from self._beyond_blank_weights()
-        else:
-            yield Finding("warning", "", *_SATURATED)
+    error: Exception | None = None
+    places: tuple[Place, ...] = ()
+    kept: tuple[str, ...] = ()
+    loss_is_finite: bool = True
+    broken: tuple[str, ...] = ()
+    warned: tuple[str, ...] = ()
 
-    def _differentiated(self) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """The logits, the input gradient, and the gradient of the penalty on it for every trainable parameter."""
-        leaf = self.x.detach().clone().requires_grad_()
-        logits = self._logits(leaf)
-        losses = self._losses(logits)
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        slopes: tuple[Tensor | None, ...] = ()
+
+def tried(step: Step) -> Iterator[Finding]:
+    """Run a step, and look at what comes out; the first error ends it."""
+    outcome = _run(step)
+    if outcome.kept:
+        yield table.KEPT.at(outcome.kept)
+    elif outcome.error is not None:
+        yield from _explained(step, outcome)
+    elif not outcome.loss_is_finite:
+        with step.fresh() as own:
+            yield table.NOT_FINITE.at(Trace(own, look=True).where_not_finite())
+    else:
+        yield from _looked_at(step, outcome)
+
+
+def _run(step: Step) -> _Outcome:
+    with step.fresh() as own, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
-            grad = input_gradient(losses, leaf)
-            penalty = grad_norm(grad, Linf(1.0)).sum()
-            if penalty.requires_grad:
-                slopes = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
-        except RuntimeError as error:
-            raise self._explained(str(error).rstrip(".")) from error
-        # torch.autograd.grad passes by a once_differentiable function in silence, where total.backward() raises.
-        if any(node.name() in BARRIERS for node in new_nodes([penalty.grad_fn], ())):
-            raise self._explained("its backward is marked once_differentiable")
-        return logits, grad, dict(zip(trained, slopes, strict=False))
-
-    def _compare(self) -> None:
-        """Raise if double backward has run, but gives something else than the derivative of the input gradient."""
-        if wrong := compare(self.model, self.x, self.y, self.criterion):
-            trace = Trace()
-            trace.run(self.model, self.x)
-            where = join(trace.written_by_hand()) if wrong.by_hand else ""
-            raise failure(where, wrong.problem, wrong.mend, second_only=wrong.by_hand)
-
-    def _beyond_blank_weights(self) -> Iterator[Finding]:
-        """The input gradient is 0: go on with random numbers where a weight is 0, or raise."""
-        where = self._turns(any_nonzero)
-        module = self.model.get_submodule(where)
-        blank = [p for name, p in module.named_parameters(recurse=False) if name != "bias" and not p.any()]
-        if not blank:
-            raise failure(where, *_STEP_FUNCTION)
-        yield Finding("warning", where, *_BLANK)
-        with filled(blank):
-            yield from self.findings()
-
-    def _slope(self, logits: Tensor) -> Tensor:
-        return torch.autograd.grad(self.criterion(logits, self.y).sum(), logits)[0]
-
-    def _logits(self, leaf: Tensor) -> Tensor:
-        try:
-            logits = self.model(leaf)
+            out = own.run()
+            holders = _holders_of_graphs(own.model)
+            if holders:
+                own.run()  # now what they hold is used
         except Exception as error:
-            trace = Trace()
-            with suppress(Exception):
-                trace.run(self.model, self.x)
-            raise failure(trace.innermost, *_why_no_forward(error)) from error
-        if complaint := complaint_of(check_logits, logits):
-            raise failure("", complaint)
-        if not any(getattr(node, "variable", None) is leaf for node in new_nodes([logits.grad_fn], ())):
-            trace = Trace()
-            trace.run(self.model, self.x)
-            raise failure(
-                trace.where_graph_ends(),
-                "the logits do not depend on x: the graph ends on the way.",
-                "Take no_grad(), inference_mode(), detach(), .data, argmax and integer casts off the way from x.",
-            )
-        return logits
+            kept = _holders_of_graphs(own.model) if "a second time" in str(error) else []
+            places = list(_places(error.__traceback__, own))
+            if isinstance(error.__cause__, Exception) and "preflight" in str(error):  # it only sends its reader here
+                error = error.__cause__
+                places += _places(error.__traceback__, own)
+            return _Outcome(error.with_traceback(None), tuple(places), tuple(kept))
+        parameters = dict(own.model.named_parameters()) | {
+            f"the {name}": parameter for name, parameter in own.objective.named_parameters()
+        }
+        return _Outcome(
+            kept=tuple(name for name, tensor in own.kept if tensor.grad is not None),
+            loss_is_finite=all_finite(out.loss),
+            broken=tuple(n for n, p in parameters.items() if p.grad is not None and not all_finite(p.grad)),
+            warned=tuple(str(one.message) for one in caught if issubclass(one.category, GradregWarning)),
+        )
 
-    def _losses(self, logits: Tensor) -> Tensor:
-        if complaint := complaint_of(_check_labels, logits, self.y):
-            raise failure("", complaint)
-        try:
-            losses = self.criterion(logits, self.y)
-        except Exception as error:
-            raise failure(_CRITERION, f"it raises {type(error).__name__}: {error}", _MEND_FIRST) from error
-        if complaint := complaint_of(check_scores, losses, self.x):
-            raise failure(_CRITERION, complaint)
-        if not losses.requires_grad:
-            raise failure(
-                _CRITERION, "its losses carry no graph.", "Compute them from the logits by differentiable steps."
-            )
-        if not losses.isfinite().all():
-            trace = Trace(look=True)
-            trace.run(self.model, self.x)
-            raise failure(
-                trace.where_not_finite() or _CRITERION,
-                "NaN or infinity comes out, though what goes in is finite.",
-                "Look at its parameters and at the range of its input.",
-            )
-        return losses
 
-    def _turns(self, sound: Callable[[Tensor], bool]) -> str:
-        """The module at which the gradient, sound at the logits, ceases to be so on the way to x."""
-        trace = Trace()
-        losses = self.criterion(trace.run(self.model, self.x), self.y)
-        return trace.where_gradient_turns(losses, sound)
+def _looked_at(step: Step, outcome: _Outcome) -> Iterator[Finding]:
+    """What is wrong with a step that runs."""
+    reached = True
+    if step.takes_input_gradients:
+        with step.fresh() as own:
+            grad, reached = Trace(own).gradient()
+        if not all_finite(grad):
+            yield table.GRADIENT_NOT_FINITE.at(_turns(step, all_finite))
+            return
+        if not reached:
+            yield table.SATURATED
+        elif not any_nonzero(grad):
+            yield from _beyond_blank_weights(step)
+            return
+    if outcome.broken:
+        yield table.SLOPES_NOT_FINITE.at(name.rpartition(".")[0] for name in outcome.broken)
+        return
+    if not reached:
+        return
+    if step.penalizes and (found := _idle(step)):
+        yield found
+    if step.twice and (found := compare(step)):
+        yield found
+    yield from (Finding("warning", "", message) for message in dict.fromkeys(outcome.warned))
 
-    def _explained(self, message: str) -> FoundError:
-        """Why double backward raised, found by repeating it with a trace."""
-        if "a second time" in message and (kept := _holders_of_graphs(self.model)):
-            return failure(join(kept), *_KEPT)
-        trace = Trace()
-        losses = self.criterion(trace.run(self.model, self.x), self.y)
-        trace.claim([losses], _CRITERION)
-        compiled = [name for name, module in self.model.named_modules() if is_compiled(module)]
-        culprits = trace.undifferentiable(losses)
-        sound = self._has_a_sound_first_derivative()
-        findings = []
-        for operation, owners in culprits.items():
-            names = compiled if compiled and operation.startswith("CompiledFunction") else owners
-            # With several of them the message is of the one that happened to come first.
-            problem, mend, second_only = _diagnosis(operation, message if len(culprits) == 1 else "")
-            second_only &= sound
-            mend = f"{mend}; {OR_FINITE_DIFFERENCE}." if second_only else f"{mend}."
-            findings.append(Finding("error", join(names), problem, mend, second_only))
-        instead = _INSTEAD if sound else "Mend the first derivative."
-        return FoundError(*(findings or [Finding("error", "", f"double backward raises: {message}.", instead, sound)]))
 
-    def _has_a_sound_first_derivative(self) -> bool:
-        leaf = self.x.detach().clone().requires_grad_()
-        try:
-            (grad,) = torch.autograd.grad(self.criterion(self.model(leaf), self.y).sum(), leaf)
-        except RuntimeError:
-            return False
-        return bool(grad.isfinite().all())
+def _turns(step: Step, sound: Callable[[Tensor], bool]) -> str:
+    """The module at which the gradient, sound at the logits, ceases to be so on the way to x."""
+    with step.fresh() as own:
+        return Trace(own).where_gradient_turns(sound)
+
+
+def _beyond_blank_weights(step: Step) -> Iterator[Finding]:
+    """The input gradient is 0: go on with random numbers where a weight is 0, or say why else."""
+    where = _turns(step, any_nonzero)
+    weights = step.model.get_submodule(where).named_parameters(where, recurse=False)
+    blank = [name for name, weight in weights if not name.endswith("bias") and not weight.any()]
+    blank = [name for name in blank if name not in step.blank]
+    if not blank:
+        yield table.STEP_FUNCTION.at(where)
+        return
+    yield table.BLANK.at(where)
+    yield from tried(replace(step, blank=(*step.blank, *blank)))
+
+
+def _idle(step: Step) -> Finding | None:
+    """A finding if the penalties move no parameter."""
+    with step.fresh() as own:
+        own.objective.loss_weight = 0.0
+        out = own.run()
+        parameters = (*own.model.parameters(), *own.objective.parameters())
+        if any(parameter.grad is not None and any_nonzero(parameter.grad) for parameter in parameters):
+            return None
+        names = [f"the penalty {name!r}" for name in out.penalties]
+        return (table.MOVES_NOTHING if any(map(any_nonzero, out.penalties.values())) else table.INACTIVE).at(names)
 
 
 def _holders_of_graphs(model: nn.Module) -> list[str]:
@@ -194,66 +158,92 @@ def _holders_of_graphs(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if any(tensor.grad_fn is not None for tensor in tensors_in(list(vars(module).values())))
+        if any(tensor.grad_fn is not None for tensor in tensors_in(vars(module)))
     ]
 
 
-def _check_slopes(slopes: dict[str, Tensor | None]) -> None:
-    """Raise unless the penalty's gradients are finite and some parameter is moved by them."""
-    if broken := [name for name, slope in slopes.items() if slope is not None and not slope.isfinite().all()]:
-        raise failure(
-            modules_of(broken),
-            "the penalty's gradient is NaN or infinite, though the input gradient is finite.",
-            _MEND_NAN,
-        )
-    if not any(slope is not None and slope.any() for slope in slopes.values()):
-        raise failure(
-            "",
-            "the penalty's gradient is 0 for every trainable parameter: it would train nothing.",
-            "Unfreeze parameters that the input gradient depends on; train smoothify(model) if its activations are "
-            "piecewise linear.",
-        )
+# Why a step raises
 
 
-def _check_labels(logits: Tensor, y: Tensor) -> None:
-    check_labels(logits, y, look=True)
+def _explained(step: Step, outcome: _Outcome) -> list[Finding]:
+    """Why a step raised; at least what, if the reason is not found."""
+    error, last = f"{type(outcome.error).__name__}: {outcome.error}", [Place("", ""), *outcome.places][-1]
+    found: list[Finding] = []
+    with suppress(Exception):  # what went wrong may go wrong again
+        found = list(_reasons(step, outcome, error, last))
+    if found:
+        return found
+    if Place("engine", "") in outcome.places:
+        which = "double backward" if step.twice else "the backward pass"
+        return [table.BACKWARD_RAISES.at(last.name, which=which, error=error)]
+    if last.kind == "penalty":
+        return [table.PENALTY_RAISES.at(last.name, error=error)]
+    return [Finding("error", last.name, str(outcome.error))]
 
 
-def _why_no_forward(error: Exception) -> tuple[str, str]:
-    """Problem and mend for an exception of the forward pass."""
-    if "a leaf Variable that requires grad" in str(error):
-        return (
-            "it changes x in place, but x must keep its value for the gradient.",
-            "Make the operation out of place (nn.ReLU(inplace=False)), or train smoothify(model).",
-        )
-    return f"the forward pass raises {type(error).__name__}: {error}", _MEND_FIRST
+def _reasons(step: Step, outcome: _Outcome, error: str, last: Place) -> Iterator[Finding]:
+    kinds = [place.kind for place in outcome.places]
+    if last.kind == "model" and "engine" not in kinds:
+        if "penalty" in kinds:
+            asking = outcome.places[kinds.index("penalty")].name
+            yield table.RAISES_ELSEWHERE.at(last.name, place=asking, error=error)
+        else:
+            yield table.RAISES.at(last.name, error=error)
+        return
+    if last.kind == "criterion" and "engine" not in kinds:
+        yield table.CRITERION_RAISES.at(last.name, error=error)
+        return
+    with step.fresh() as own:
+        trace = Trace(own)
+        if not trace.losses.requires_grad and any(tensor.requires_grad for tensor in tensors_in(trace.logits)):
+            yield table.NO_GRAPH.at(CRITERION)
+        elif step.takes_input_gradients and not trace.depends_on_x:
+            yield table.INDEPENDENT.at(trace.where_graph_ends())
+        elif "engine" in kinds:
+            yield from _without_derivative(trace, own, str(outcome.error), last)
 
 
-def _diagnosis(operation: str, message: str) -> tuple[str, str, bool]:
-    """Problem and mend for an autograd node that cannot be differentiated again, and whether it can be once."""
-    if operation.startswith("ScaledDotProduct"):
-        return (
-            f"fused attention ({operation}) has no second derivative.",
-            "Run the forward pass `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):`; in a timm model set "
-            "`module.fused_attn = False` on these modules, or call timm.layers.set_fused_attn(False) before it is "
-            "built",
-            True,
-        )
-    if operation.startswith("CompiledFunction"):
-        return (
-            "torch.compile makes a backward pass that cannot be differentiated again.",
-            "Penalise the uncompiled model and compile the whole step instead",
-            True,
-        )
-    if operation == "CheckpointFunctionBackward":
-        return (
-            "reentrant checkpointing cannot take part in torch.autograd.grad.",
-            "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
-            False,
-        )
-    return (
-        f"{operation} cannot be differentiated twice" + (f" ({message})." if message else "."),
-        "If it is an activation, train smoothify(model); if it is an autograd.Function, write its backward of "
-        "differentiable operations, without once_differentiable",
-        True,
-    )
+def _without_derivative(trace: Trace, step: Step, message: str, last: Place) -> Iterator[Finding]:
+    """The operations that a backward pass cannot differentiate."""
+    if "selective activation checkpoint" in message:
+        yield table.SELECTIVE.at(last.name)
+        return
+    compiled = [name for name, module in step.model.named_modules() if is_compiled(module)]
+    culprits = trace.undifferentiable(twice=step.twice)
+    # With several of them the message is of the one that happened to come first.
+    reason = f" ({message.rstrip('.')})" if len(culprits) == 1 else ""
+    for operation, owners in culprits.items():
+        if operation.startswith("ScaledDotProduct") and step.twice:
+            yield table.FUSED_ATTENTION.at(owners, operation=operation)
+        elif operation.startswith(COMPILED) and step.twice:
+            yield table.COMPILED.at(compiled or owners)
+        elif operation == REENTRANT:
+            yield table.REENTRANT.at(owners)
+        else:
+            entry = table.ONLY_ONCE if step.twice else table.NO_DERIVATIVE
+            yield entry.at(owners, operation=operation, reason=reason)
+
+
+def _places(traceback: TracebackType | None, step: Step) -> Iterator[Place]:
+    """The parts of a step that an exception has gone through, outermost first."""
+    criterion = step.objective.criterion
+    of_criterion = criterion.modules() if isinstance(criterion, nn.Module) else [criterion]
+    parts: list[tuple[Any, Place]] = [(part, Place("criterion", CRITERION)) for part in of_criterion]
+    for name, term in step.objective.terms.items():
+        parts.append((term.penalty, Place("penalty", f"the penalty {name!r}")))
+    parts += [(module, Place("model", name)) for name, module in step.model.named_modules()]
+    owners = {id(part): place for part, place in parts}
+    codes = {code: place for part, place in parts if (code := _code_of(part)) is not None}
+    while traceback is not None:
+        frame, traceback = traceback.tb_frame, traceback.tb_next
+        if frame.f_code.co_filename in _ENGINE:
+            yield Place("engine", "")
+        elif frame.f_code.co_name == "check_scores":  # of what the criterion has returned
+            yield Place("check", CRITERION)
+        elif place := owners.get(id(frame.f_locals.get("self"))) or codes.get(frame.f_code):
+            yield place
+
+
+def _code_of(part: object) -> Any:
+    """The code of a criterion or penalty that is a function."""
+    return getattr(inspect.unwrap(getattr(part, "func", part)), "__code__", None)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from gradreg.gradients import Node
+from gradreg.graphs import Node
 from gradreg.second_derivatives.engine import Gradients, asked_for, will_run
 
 _aten = torch.ops.aten

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from gradreg.gradients import Node, in_transform
+from gradreg.gradients import in_transform
+from gradreg.graphs import Node
 from gradreg.second_derivatives.activations import GELU, Activated, SiLU, TanhGELU
 from gradreg.second_derivatives.affine import Affine, Convolution, FixedNormalization, Linear
 from gradreg.second_derivatives.layer_norm import LayerNorm

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradreg.gradients import Node
+from gradreg.graphs import Node
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # with respect to x, weight and bias
 

@@ -1,4 +1,4 @@
-"""How far the loss bends within reach of a perturbation."""
+"""How far the loss is from a straight line within reach of a perturbation."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
@@ -8,14 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradreg.noise import generator_of
-from gradreg.statistics.gradients import noise_of
-from gradreg.statistics.point import Point
-from gradreg.statistics.statistic import Statistic
-from gradreg.threat_models import L2, ThreatModel, length, unit
+from gradreg.point import Point
+from gradreg.statistics.gradients import RandomPenalty
+from gradreg.threat_models import L2, ThreatModel, at_least_float32, length, unit
 
 
 @dataclass(frozen=True)
-class _PowerIteration(Statistic):
+class _PowerIteration(RandomPenalty):
     """What is drawn from the largest eigenvalue of the Hessian.
 
     Attributes:
@@ -25,15 +24,14 @@ class _PowerIteration(Statistic):
         estimate: ``"norm"``, the length of the last product, or ``"rayleigh"``, its share along the direction it was
             made from, as in the released code of the thesis. Both tend to the largest absolute eigenvalue from below;
             the second does not where two of opposite sign are as large.
-        seed: Of the random direction, which depends on it and on the sample alone.
+        seed: Of the random direction, which depends on it and on the sample alone; None for another one at every call.
     """
 
-    twice: ClassVar[bool] = True
+    looks_elsewhere: ClassVar[bool] = False
 
     iterations: int = 20
     start: Literal["random", "gradient"] = "random"
     estimate: Literal["norm", "rayleigh"] = "norm"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -44,31 +42,29 @@ class _PowerIteration(Statistic):
             raise ValueError(f'{type(self).__name__}: estimate is "norm" or "rayleigh", got {self.estimate!r}.')
 
     def path(self, point: Point) -> Float[Tensor, "B k"]:
-        """The estimate after every iteration: how it converges."""
+        """The estimate after every iteration: how it converges. Only the last one depends on the weights."""
         key = ("power iteration", self.iterations, self.start, self.estimate, self.seed)
         return point.once(key, lambda: self._iterate(point))
 
     def _iterate(self, point: Point) -> Tensor:
         direction, found = self._first(point), []
-        for _ in range(self.iterations):
-            product = point.hessian_product(direction)
-            if self.estimate == "norm":
-                found.append(length(product).double())
-            else:
-                found.append((direction * product).double().flatten(1).sum(1).abs())
-            direction = unit(product)
+        for left in reversed(range(self.iterations)):
+            product = at_least_float32(point.hessian_product(direction))
+            if left:
+                product = product.detach()
+            share = (direction * product).flatten(1).sum(1).abs()
+            found.append(length(product) if self.estimate == "norm" else share)
+            direction = unit(product.detach())
         return torch.stack(found, 1)
 
     def _first(self, point: Point) -> Tensor:
         """The direction to begin with; a random one where the gradient is 0."""
-        gradient = point.gradient()
-        some = gradient.flatten(1).any(1)
-        if self.start == "gradient" and bool(some.all()):
-            return unit(gradient)
-        random = unit(noise_of(point, L2(1.0), self.seed))
+        random = unit(at_least_float32(self._noise(point, L2(1.0))))
         if self.start == "random":
             return random
-        return torch.where(some.view(-1, *[1] * (gradient.ndim - 1)), unit(gradient), random)
+        gradient = point.gradient().detach()
+        some = gradient.flatten(1).any(1).view(-1, *[1] * (gradient.ndim - 1))
+        return torch.where(some, unit(gradient), random)
 
 
 @final
@@ -79,11 +75,17 @@ class HessianNorm(_PowerIteration):
     By power iteration on products with the Hessian, as in Table A.1 of Rodríguez Muñoz, "Adversarial robustness without
     perturbations" (MIT 2024), which takes 20 iterations from a random start. :meth:`path` shows whether they suffice.
 
+    As a penalty it is differentiated through its last product; the direction of that product is detached. Where the
+    iteration has converged this is exact: an eigenvalue does not change to first order with the direction. It needs
+    :class:`gradreg.DoubleBackward`, and third derivatives of the model.
+
     Example:
         The Hessian of cross-entropy of two logits 0 and 0 is 1/4 of ``[[1, -1], [-1, 1]]``:
 
-        >>> HessianNorm()(torch.nn.Identity(), torch.zeros(1, 2), torch.tensor([0])).round(decimals=4)
-        tensor([0.5000], dtype=torch.float64)
+        >>> from gradreg import cross_entropy
+        >>> point = Point(torch.nn.Identity(), cross_entropy, torch.zeros(1, 2), torch.tensor([0]))
+        >>> round(HessianNorm()(point).item(), 4)
+        0.5
     """
 
     unit: ClassVar[str] = "loss per squared unit of pixel"
@@ -92,7 +94,7 @@ class HessianNorm(_PowerIteration):
     def name(self) -> str:
         return "Hessian norm"
 
-    def at(self, point: Point) -> Float[Tensor, "B"]:
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
         return self.path(point)[:, -1]
 
 
@@ -105,12 +107,16 @@ class Curvature(_PowerIteration):
     far the gradient turns, relative to its length, and so no matter of the scale of the loss. Table A.1 of Rodríguez
     Muñoz (MIT 2024).
 
+    As a penalty it is differentiated through both norms, the upper one as in :class:`HessianNorm`.
+
     Attributes:
         offset: c, which keeps a gradient of 0 from dividing.
 
     Example:
-        >>> Curvature()(torch.nn.Identity(), torch.zeros(1, 2), torch.tensor([0])).round(decimals=4)
-        tensor([0.7071], dtype=torch.float64)
+        >>> from gradreg import cross_entropy
+        >>> point = Point(torch.nn.Identity(), cross_entropy, torch.zeros(1, 2), torch.tensor([0]))
+        >>> round(Curvature()(point).item(), 4)
+        0.7071
     """
 
     unit: ClassVar[str] = "per unit of pixel"
@@ -120,31 +126,33 @@ class Curvature(_PowerIteration):
     def name(self) -> str:
         return "curvature"
 
-    def at(self, point: Point) -> Float[Tensor, "B"]:
-        return self.path(point)[:, -1] / (length(point.gradient()).double() + self.offset)
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        return self.path(point)[:, -1] / (length(point.gradient()) + self.offset)
 
 
 @final
 @dataclass(frozen=True)
-class LocalLinearityError(Statistic):
+class LocalLinearity(RandomPenalty):
     r"""How far the loss between two points of a ball lies from the straight line between them.
 
     .. math:: E_b = \bigl(\ell(x_c) - (1 - \alpha)\,\ell(x_a) - \alpha\,\ell(x_b)\bigr)^2,\qquad
               x_c = (1 - \alpha) x_a + \alpha x_b
 
-    with :math:`x_a, x_b` uniform in the ball around x and :math:`\alpha` uniform in [0, 1]: Rocamora, Liu, Chrysos,
-    Olmos & Cevher, "Efficient local linearity regularization to overcome catastrophic overfitting" (ICLR 2024), and
-    Table A.2 of Rodríguez Muñoz (MIT 2024), at ``Linf(4 / 255)``. One triplet per sample, the same for every model.
+    with :math:`x_a, x_b` uniform in the ball around x and :math:`\alpha` uniform in [0, 1]: the penalty of Rocamora,
+    Liu, Chrysos, Olmos & Cevher, "Efficient local linearity regularization to overcome catastrophic overfitting" (ICLR
+    2024), and Table A.2 of Rodríguez Muñoz (MIT 2024), at ``Linf(4 / 255)``. It takes three forward passes and no
+    gradient with respect to the input, so that it trains under any differentiation. Nothing is detached.
 
     Attributes:
         threat: The ball.
-        seed: Of the triplet.
-        squared: False for the absolute value in the place of the square.
+        squared: False for the absolute value instead of the square.
+        seed: Of the three points, which depend on it and on the sample alone, not on the model; None for others at
+            every call.
 
     Example:
-        >>> from gradreg import Linf
-        >>> error = LocalLinearityError(Linf(0.5))(torch.nn.Identity(), torch.zeros(1, 2), torch.tensor([0]))
-        >>> bool(0 < error < 1e-2)
+        >>> from gradreg import Linf, cross_entropy
+        >>> point = Point(torch.nn.Identity(), cross_entropy, torch.zeros(1, 2), torch.tensor([0]))
+        >>> bool(0 < LocalLinearity(Linf(0.5))(point) < 1e-2)
         True
     """
 
@@ -152,23 +160,28 @@ class LocalLinearityError(Statistic):
     floor: ClassVar[float] = 1e-17  # what the thesis's code adds before it takes the logarithm
 
     threat: ThreatModel
-    seed: int = 0
     squared: bool = True
 
     @property
     def name(self) -> str:
         return f"local linearity error in {self.threat}"
 
-    def at(self, point: Point) -> Float[Tensor, "B"]:
-        x = point.x
-        first, second = (x + noise_of(point, self.threat, self.seed, draw) for draw in (0, 1))
-        shares = [
-            torch.rand((), generator=generator_of(self.seed, position, 2), dtype=torch.float64)
-            for position in point.index.tolist()
-        ]
-        share = torch.stack(shares).to(x.device)
-        column = share.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        between = point.losses_at(torch.lerp(first, second, column)).double()
-        line = (1 - share) * point.losses_at(first).double() + share * point.losses_at(second).double()
-        error = (between - line).abs()
-        return error.square() if self.squared else error
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        x, share = point.x, self._share(point)
+        first, second = (x + self._noise(point, self.threat, draw) for draw in (0, 1))
+        between = torch.lerp(first, second, share.view(-1, *[1] * (x.ndim - 1)))
+        loss, start, end = (
+            at_least_float32(point.at(z, differentiable=False).losses) for z in (between, first, second)
+        )
+        # Differences first: those of neighbouring losses are free of rounding.
+        error = (loss - start) - share * (end - start)
+        return error.square() if self.squared else error.abs()
+
+    def _share(self, point: Point) -> Tensor:
+        """How far the middle point of every sample lies from the first to the second."""
+        x, index = point.x, point.batch.index
+        if self.seed is None:
+            return torch.rand(len(x), dtype=x.dtype, device=x.device)
+        positions = range(len(x)) if index is None else index.tolist()
+        drawn = [torch.rand((), generator=generator_of(self.seed, p, 2), dtype=torch.float64) for p in positions]
+        return torch.stack(drawn).to(x.dtype).to(x.device)

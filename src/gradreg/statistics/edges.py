@@ -7,51 +7,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradreg.edges import contour_energy, oriented_energy
-from gradreg.penalties import EnergyFunction, edge_alignment
+from gradreg.edges import contour_energy
+from gradreg.penalties import EnergyFunction, Penalty
+from gradreg.point import Point
 from gradreg.selectors import ClassSelector
-from gradreg.statistics.point import Point
-from gradreg.statistics.statistic import Statistic, undefined_where
+from gradreg.threat_models import length, unit
 
 
 @final
 @dataclass(frozen=True)
-class EdgeCosine(Statistic):
-    r"""Cosine between gradient and edge energy, :math:`\cos(\nabla_{x_b} s_b, E(x_b))`.
-
-    One minus what :class:`gradreg.EdgeAlignmentPenalty` penalises. Undefined where the gradient is 0 or the image flat.
-
-    Attributes:
-        of: What chooses the class whose logit is differentiated; None for the loss.
-        energy: The edge map.
-        sigma: Width of its filter, in pixels.
-
-    Example:
-        >>> x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-        >>> bool((EdgeCosine()(model, x, torch.tensor([0, 1])).abs() <= 1).all())
-        True
-    """
-
-    of: ClassSelector | None = None
-    energy: EnergyFunction = oriented_energy
-    sigma: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return "cosine of gradient and edges" + ("" if self.of is None else f", {type(self.of).__name__}")
-
-    def at(self, point: Point) -> Float[Tensor, "B"]:
-        grad, x = point.gradient(self.of).double(), point.x.double()
-        cosine = 1 - edge_alignment(grad, x, sigma=self.sigma, energy=self.energy)
-        edges = self.energy(x, sigma=self.sigma)
-        nothing = ~grad.flatten(1).any(1) | (edges.flatten(1).abs().amax(1) < _FLAT)
-        return undefined_where(nothing, cosine, self.name, "their gradient is 0, or the image flat")
-
-
-@final
-@dataclass(frozen=True)
-class EdgeCorrelation(Statistic):
+class EdgeCorrelation(Penalty):
     r"""Pearson's correlation, over the pixels of an image, of the logarithms of its gradient and of its edge energy.
 
     .. math:: \rho_b = \mathrm{corr}_{uv}\bigl(\log \textstyle\sum_c |\nabla_{x_b} s_b|_{cuv},\
@@ -61,7 +26,8 @@ class EdgeCorrelation(Statistic):
     :math:`c_0 = 10^{-3}` and, in the released code, the contour energy. A background without edges sits at the clamp,
     one cluster of pixels that alone can make or hide a correlation: ``edges_only`` leaves it out.
 
-    Undefined where all pixels have the same gradient or the same energy: a constant image, for one.
+    As a measurement it is undefined where all pixels have the same gradient or the same energy: a constant image, for
+    one. As a penalty it is 0 there, with a zero gradient.
 
     Attributes:
         of: What chooses the class whose logit is differentiated (the thesis's saliency map); None for the loss.
@@ -75,12 +41,17 @@ class EdgeCorrelation(Statistic):
     Example:
         The gradient of a linear model whose weights are the image's edges:
 
+        >>> from gradreg import cross_entropy
         >>> x = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
         >>> _ = model[1].weight.data.copy_(contour_energy(x).flatten() * torch.tensor([[0.01], [-0.01]]))
-        >>> EdgeCorrelation()(model, x, torch.tensor([0])).round(decimals=4)
-        tensor([1.], dtype=torch.float64)
+        >>> round(EdgeCorrelation()(Point(model, cross_entropy, x, torch.tensor([0]))).item(), 4)
+        1.0
     """
+
+    unit: ClassVar[str] = "correlation"
+    looks_elsewhere: ClassVar[bool] = False
+    why_undefined: ClassVar[str] = "their gradient or their edges are constant"
 
     of: ClassSelector | None = None
     channels: Literal["sum", "max"] = "sum"
@@ -89,8 +60,6 @@ class EdgeCorrelation(Statistic):
     clamp: float = 1e-3
     edges_only: bool = False
     least: float = 1e-12
-
-    unit: ClassVar[str] = "correlation"
 
     def __post_init__(self) -> None:
         if self.channels not in ("sum", "max"):
@@ -106,10 +75,12 @@ class EdgeCorrelation(Statistic):
         what = "gradient" if self.of is None else type(self.of).__name__
         return f"correlation of {what} and edges" + (", edge pixels" if self.edges_only else "")
 
-    def at(self, point: Point) -> Float[Tensor, "B"]:
-        gradients, energies, counted = self.pixels(point)
-        rho = pearson(gradients, energies, counted)
-        return undefined_where(rho.isnan(), rho, self.name, "their gradient or their edges are constant")
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        rho, _ = self._correlation(point)
+        return rho.to(point.gradient(self.of).dtype)
+
+    def undefined(self, point: Point) -> Bool[Tensor, "B"]:
+        return self._correlation(point)[1]
 
     def pixels(self, point: Point) -> tuple[Float[Tensor, "B n"], Float[Tensor, "B n"], Bool[Tensor, "B n"]]:
         """For every pixel log10 of its gradient and of its energy, and whether it counts: the scatter plot."""
@@ -120,8 +91,8 @@ class EdgeCorrelation(Statistic):
         counted = energy > self.clamp if self.edges_only else torch.ones_like(energy, dtype=torch.bool)
         return size.clamp(min=self.least).log10(), energy.clamp(min=self.clamp).log10(), counted
 
-
-_FLAT = 1e-12  # what rounding leaves of the energy of a flat image
+    def _correlation(self, point: Point) -> tuple[Tensor, Tensor]:
+        return point.once(self, lambda: _correlated(*self.pixels(point)))
 
 
 def pearson(a: Float[Tensor, "B n"], b: Float[Tensor, "B n"], counted: Bool[Tensor, "B n"]) -> Float[Tensor, "B"]:
@@ -129,17 +100,23 @@ def pearson(a: Float[Tensor, "B n"], b: Float[Tensor, "B n"], counted: Bool[Tens
 
     Example:
         >>> a, b = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2.0, 4.0, -6.0]])
-        >>> pearson(a, b, torch.tensor([[True, True, False]])).item()
+        >>> round(pearson(a, b, torch.tensor([[True, True, False]])).item(), 9)
         1.0
     """
-    weight = counted.double()
-    weight = weight / weight.sum(1, keepdim=True)  # NaN where nothing counts
+    rho, undefined = _correlated(a, b, counted)
+    return rho.masked_fill(undefined, torch.nan)
+
+
+def _correlated(a: Tensor, b: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The correlations, 0 with a zero gradient where they are undefined; and where that is."""
+    ones = counted.double()
 
     def centred(values: Tensor) -> tuple[Tensor, Tensor]:
-        rest = values.double() - (weight * values).sum(1, keepdim=True)
-        spread = (weight * rest.square()).sum(1).sqrt()
-        size = (weight * values.double().square()).sum(1).sqrt()
-        return rest, spread.where(spread > 1e-9 * size, torch.nan)
+        """Distances from the mean, scaled to length 1; and whether there are any beyond rounding."""
+        values = ones * values.double()
+        rest = values - ones * (values.sum(1, keepdim=True) / ones.sum(1, keepdim=True).clamp(min=1))
+        varies = length(rest) > 1e-9 * length(values)
+        return unit(rest.where(varies.unsqueeze(1), 0.0)), varies
 
-    (of_a, spread_a), (of_b, spread_b) = centred(a), centred(b)
-    return (weight * of_a * of_b).sum(1) / (spread_a * spread_b)
+    (of_a, a_varies), (of_b, b_varies) = centred(a), centred(b)
+    return (of_a * of_b).sum(1), ~(a_varies & b_varies)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from gradreg import checks
 from gradreg.attacks import Attack
+from gradreg.criteria import cross_entropy
+from gradreg.differentiation import InputOnly
 from gradreg.gradients import outside_inference_mode
 from gradreg.intervals import Proportion
+from gradreg.penalties import Penalty
+from gradreg.point import Point
 from gradreg.state import read_state, write_atomically
-from gradreg.statistics.point import Point
-from gradreg.statistics.statistic import Statistic
 from gradreg.statistics.summary import LogHistogram, Summary
 from gradreg.streaming import (
     RIGHT,
@@ -39,6 +41,7 @@ KIND = "gradreg measurements"
 VERSION = 1
 
 Group = Literal["all", "withstands", "fooled"]
+Statistic = Callable[[Point], Tensor]  # a penalty, or any function of a point
 
 
 @final
@@ -167,7 +170,7 @@ class Measurements:
 def measure(
     model: Model,
     loader: Iterable[Any],
-    statistics: Sequence[Statistic] | Mapping[str, Statistic],
+    penalties: Sequence[Statistic] | Mapping[str, Statistic],
     *,
     attack: Attack | None = None,
     seed: int = 0,
@@ -175,37 +178,41 @@ def measure(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Measurements:
-    """Values of statistics for every sample of a data set.
+    """Values of penalties for every sample of a data set.
 
-    One forward pass, one gradient and one power iteration serve all statistics that ask for them. Data are read one
-    batch at a time; what depends on chance is drawn from a seed and the sample's own values, the same for every model
-    and in batches of any size and order. Interrupted, resumed and shared by the ranks of ``torchrun`` as
+    One forward pass, one gradient and one power iteration serve all penalties that ask for them; a Hessian takes a
+    forward pass of its own. Data are read one batch at a time. Noise is drawn from a seed and the sample's own values,
+    the same for every model and in batches of any size and order; classes that are drawn, as in
+    :class:`gradreg.sampled_class`, are drawn by batch. Interrupted, resumed and shared by the ranks of ``torchrun`` as
     :func:`gradreg.evaluate` is.
+
+    A value is NaN, and counted as undefined, where a penalty means nothing (:meth:`gradreg.Penalty.undefined`).
 
     Args:
         model: An ``nn.Module`` from inputs to logits, which is looked at in evaluation mode; or a function.
         loader: Batches ``(x, y)``, in the units in which gradients are to be taken: pixels in [0, 1].
-        statistics: What to measure; a mapping gives them other names than their own.
+        penalties: What to measure: penalties, or functions of a :class:`gradreg.Point` to one number per sample. A
+            mapping gives them other names than their own.
         attack: Groups the samples by whether they withstand it (Table 4.1 of the thesis).
-        seed: Of the attack's noise, if it has no seed of its own.
+        seed: Of all noise that has no seed of its own: of the attack and of the penalties.
         state: File to which every finished batch is written, and from which an interrupted run goes on.
         device: Where batches are moved. Default: where the model's first parameter is.
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: If two statistics have one name, the loader is empty, or x is not what a statistic is defined for.
+        ValueError: If two penalties have one name, the loader is empty, or x is not what a penalty is defined for.
         StateError: If the state file is damaged or belongs to something else; it is left as it is.
 
     Example:
-        >>> from gradreg import Linf, PGDAttack
-        >>> from gradreg.statistics import GradientNorm
+        >>> from gradreg import GradNormPenalty, Linf, PGDAttack
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         >>> loader = [(torch.rand(8, 1, 2, 2), torch.randint(0, 3, (8,))) for _ in range(3)]
-        >>> found = measure(model, loader, [GradientNorm(p=1)], attack=PGDAttack(Linf(0.1)), progress=False)
-        >>> found.summary("gradient L1").n
+        >>> l1_norm = GradNormPenalty(Linf(1.0))
+        >>> found = measure(model, loader, [l1_norm], attack=PGDAttack(Linf(0.1)), progress=False)
+        >>> found.summary("gradient L1 norm").n
         24
     """
-    named = _named(statistics)
+    named = _named(penalties, seed)
     attack = None if attack is None else attack.for_evaluation(seed)
 
     def work(counted: Counted, batch: Batch) -> Record:
@@ -228,14 +235,14 @@ def measure_along(
     loader: Iterable[Any],
     attack: Attack,
     scales: Sequence[float],
-    statistics: Sequence[Statistic] | Mapping[str, Statistic],
+    penalties: Sequence[Statistic] | Mapping[str, Statistic],
     *,
     seed: int = 0,
     state: str | Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[float, Measurements]:
-    r"""Values of statistics along the way from every sample to its attacked one and beyond, :math:`x + s\,(x' - x)`.
+    r"""Values of penalties along the way from every sample to its attacked one and beyond, :math:`x + s\,(x' - x)`.
 
     Fig. A.3 of Rodríguez Muñoz, "Adversarial robustness without perturbations" (MIT 2024): loss, gradient norm and
     curvature at 16 scales from 0 to 2 of PGD-5. Points are not clamped, so that beyond s = 1 they may be no images.
@@ -245,8 +252,8 @@ def measure_along(
         loader: As for :func:`measure`.
         attack: Finds x'. Give it ``early_stop=False``, its default, so that every sample moves as far as it can.
         scales: Where to look, in units of the perturbation.
-        statistics: What to measure there.
-        seed: Of the attack's noise, if it has no seed of its own.
+        penalties: What to measure there.
+        seed: Of all noise that has no seed of its own: of the attack and of the penalties.
         state: File to which every finished batch is written, and from which an interrupted run goes on.
         device: Where batches are moved.
         progress: Whether to show a bar.
@@ -263,7 +270,7 @@ def measure_along(
         >>> bool(along[0.0].summary("loss").mean <= along[1.0].summary("loss").mean)
         True
     """
-    named = _named(statistics)
+    named = _named(penalties, seed)
     places = [float(scale) for scale in scales]
     if not places or len(set(places)) < len(places) or not all(map(math.isfinite, places)):
         raise ValueError(f"measure_along: scales are some different numbers, got {scales}.")
@@ -325,7 +332,7 @@ def gradient_histograms(
     def work(counted: Counted, batch: Batch) -> Record:
         x, y, *_ = _read(counted, batch, None)
         with torch.inference_mode(False), torch.enable_grad():
-            grad = Point(counted, x, y).gradient()
+            grad = _point(counted, x, y).gradient()
         parts = {"all": grad}
         if grad.ndim == 4:
             parts |= {f"channel {channel}": part for channel, part in enumerate(grad.unbind(1))}
@@ -346,9 +353,9 @@ def gradient_histograms(
     return found
 
 
-def _about(named: Mapping[str, Statistic], attack: Attack | None) -> dict[str, str]:
-    """What the values depend on beside model and data, as texts."""
-    about = {f"statistic {name!r}": describe(statistic) for name, statistic in named.items()}
+def _about(named: Mapping[str, Penalty], attack: Attack | None) -> dict[str, str]:
+    """What the values depend on besides model and data, as texts."""
+    about = {f"statistic {name!r}": describe(penalty) for name, penalty in named.items()}
     return about if attack is None else {**about, "attack": f"{attack.name}: {describe(attack)}"}
 
 
@@ -361,20 +368,33 @@ def _read(counted: Counted, batch: Batch, attack: Attack | None) -> tuple[Tensor
     return x, y, *classified(counted, x, y)
 
 
+def _point(counted: Counted, x: Tensor, y: Tensor, index: Tensor | None = None) -> Point:
+    """A batch to measure, in which a gradient of 0 is a finding and nothing to warn of."""
+    return Point(counted, cross_entropy, x, y, differentiation=InputOnly(), index=index, look=False)
+
+
 def _measured(
-    counted: Counted, x: Tensor, y: Tensor, index: Tensor, named: Mapping[str, Statistic]
+    counted: Counted, x: Tensor, y: Tensor, index: Tensor, named: Mapping[str, Penalty]
 ) -> dict[str, list[float | None]]:
-    twice = any(statistic.twice for statistic in named.values())
     with torch.inference_mode(False), torch.enable_grad():
-        point = Point(counted, x, y, index=index, twice=twice)
-        found = {name: statistic.at(point) for name, statistic in named.items()}
-    for name, values in found.items():
-        if values.shape != x.shape[:1]:
-            raise ValueError(
-                f"The statistic {name!r} returned shape {tuple(values.shape)}; expected one number per sample, "
-                f"({len(x)},)."
-            )
-    return {name: [_or_none(value) for value in values.tolist()] for name, values in found.items()}
+        point = _point(counted, x, y, index)
+        return {name: _values(name, penalty, point) for name, penalty in named.items()}
+
+
+def _values(name: str, penalty: Penalty, point: Point) -> list[float | None]:
+    """The values of a batch as JSON holds them; says which are undefined."""
+    values = penalty(point).detach().double()
+    if values.shape != point.x.shape[:1]:
+        raise ValueError(
+            f"The penalty {name!r} returned shape {tuple(values.shape)}; expected one number per sample, "
+            f"({len(point.x)},)."
+        )
+    undefined = penalty.undefined(point)
+    if undefined is not None and bool(undefined.any()):
+        why = f": {penalty.why_undefined}" if penalty.why_undefined else ""
+        checks.warn(f"{name} is undefined (NaN) for {int(undefined.sum())} of {len(values)} samples{why}.")
+        values = values.masked_fill(undefined, torch.nan)
+    return [_or_none(value) for value in values.tolist()]
 
 
 def _withstood(
@@ -392,15 +412,15 @@ def _withstood(
 def _gathered(
     records: list[Record],
     of_batches: list[dict[str, list[float | None]]],
-    named: Mapping[str, Statistic],
+    named: Mapping[str, Penalty],
     about: dict[str, str],
 ) -> Measurements:
     values = {name: [value for of_batch in of_batches for value in of_batch[name]] for name in named}
     return Measurements(
         samples=[sample for record in records for sample in record["samples"]],
         values=_restored(values),
-        units={name: statistic.unit for name, statistic in named.items()},
-        floors={name: statistic.floor for name, statistic in named.items()},
+        units={name: penalty.unit for name, penalty in named.items()},
+        floors={name: penalty.floor for name, penalty in named.items()},
         clean="".join(record["clean"] for record in records),
         attacked="".join(record.get("attacked", "") for record in records),
         cost={key: sum(record["cost"][key] for record in records) for key in ("seconds", "forward", "backward")},
@@ -408,22 +428,37 @@ def _gathered(
     )
 
 
-def _named(statistics: Sequence[Statistic] | Mapping[str, Statistic]) -> dict[str, Statistic]:
-    if isinstance(statistics, Mapping):
-        named = dict(statistics)
-    else:
-        names = [statistic.name for statistic in statistics]
-        if twins := {name for name in names if names.count(name) > 1}:
-            raise ValueError(
-                f"Two statistics are called {', '.join(map(repr, sorted(twins)))}. Give them names: {{'name': "
-                "statistic, ...}."
+@final
+@dataclass(frozen=True)
+class _Function(Penalty):
+    """A plain function of a point."""
+
+    function: Statistic
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, point: Point) -> Tensor:
+        return self.function(point)
+
+
+def _named(given: Sequence[Statistic] | Mapping[str, Statistic], seed: int) -> dict[str, Penalty]:
+    """Penalties by name, those that draw random numbers with a seed."""
+    entries = list(given.items()) if isinstance(given, Mapping) else [(None, penalty) for penalty in given]
+    named: dict[str, Penalty] = {}
+    for key, penalty in entries:
+        if not callable(penalty) or isinstance(penalty, type):
+            raise TypeError(
+                f"Expected penalties, such as GradNormPenalty(Linf(1.0)), or functions of a point; got {penalty!r}."
             )
-        named = dict(zip(names, statistics, strict=True))
-    for name, statistic in named.items():
-        if not isinstance(statistic, Statistic):
-            raise TypeError(f"The statistic {name!r} is {statistic!r}; expected one of gradreg.statistics.")
+        found = penalty if isinstance(penalty, Penalty) else _Function(penalty)
+        name = found.name if key is None else key
+        if name in named:
+            raise ValueError(f"Two penalties are called {name!r}. Give them names: {{'name': penalty, ...}}.")
+        named[name] = found.seeded(seed)
     if not named:
-        raise ValueError("There is no statistic to measure.")
+        raise ValueError("There is no penalty to measure.")
     return named
 
 

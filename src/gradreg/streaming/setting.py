@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,16 +29,15 @@ class Counted(nn.Module):
 
     Attributes:
         model: The model: a module, or a function.
-        forward_passes: Forward passes so far, one for each sample of each batch.
-        backward_passes: Backward passes, likewise.
+        passes: Forward and backward passes so far, one for each sample of each batch.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.training = False  # its own flag: an attack that gives back the mode it found must find this one
         self.model = model
-        self.forward_passes = 0
-        self.backward_passes = 0
+        # In an object of its own: passes at other points put back what a module keeps, and are to be counted too.
+        self.passes = SimpleNamespace(forward=0, backward=0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits."""
@@ -48,7 +48,7 @@ class Counted(nn.Module):
                 f"The model returned shape {tuple(logits.shape)} for {x.shape[0]} inputs; an evaluation counts classes "
                 "and needs logits of shape (B, K)."
             )
-        self.forward_passes += x.shape[0]
+        self.passes.forward += x.shape[0]
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
         return logits
@@ -57,14 +57,14 @@ class Counted(nn.Module):
     def cost(self) -> Iterator[Cost]:
         """Seconds and passes of what is done inside; complete when the block ends."""
         found: Cost = {}
-        start, forward, backward = time.perf_counter(), self.forward_passes, self.backward_passes
+        start, forward, backward = time.perf_counter(), self.passes.forward, self.passes.backward
         yield found
         found["seconds"] = time.perf_counter() - start
-        found["forward"] = self.forward_passes - forward
-        found["backward"] = self.backward_passes - backward
+        found["forward"] = self.passes.forward - forward
+        found["backward"] = self.passes.backward - backward
 
     def _count_backward(self, grad: Tensor) -> None:
-        self.backward_passes += grad.shape[0]
+        self.passes.backward += grad.shape[0]
 
 
 def work_through(
