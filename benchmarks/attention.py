@@ -14,7 +14,7 @@ from torch import nn
 
 import turns
 from memory import Contender, measure, table_of
-from step_cost import METHODS, transformer
+from step_cost import METHODS, RECOMMENDED, transformer
 
 PATCH = 16  # pixels
 
@@ -33,8 +33,8 @@ CONTENDERS: dict[str, Contender] = {
     "natural, unfused": Contender(METHODS["natural"], unfused, same_as="natural, fused"),
     "exact, math attention": Contender(exact),  # which a method that differentiates twice is given
     "exact, unfused": Contender(exact, unfused, same_as="exact, math attention"),
-    "differences in one pass, fused": Contender(METHODS["differences, one pass"]),
-    "differences in one pass, fused, quarter": Contender(METHODS["differences, one pass, quarter"]),
+    "finite differences, fused": Contender(METHODS["finite differences"]),
+    f"{RECOMMENDED}, fused": Contender(METHODS[RECOMMENDED]),
     "PGD-3, fused": Contender(METHODS["PGD-3"]),
 }
 

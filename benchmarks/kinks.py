@@ -47,10 +47,10 @@ from gradreg import (
     GradregWarning,
     Linf,
     PenalizedLoss,
+    Point,
     RobustnessReport,
     Term,
     evaluate,
-    input_gradient,
     linear_ramp,
     with_normalization,
 )
@@ -141,8 +141,7 @@ def sight(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
     def penalty(step: Sequence[Tensor], factor: float) -> Tensor:
         moved = {name: w + factor * change for name, w, change in zip(names, weights, step, strict=True)}
-        leaf = x.clone().requires_grad_()
-        return PENALTY(input_gradient(CROSS_ENTROPY(functional_call(model, moved, (leaf,)), y), leaf)).mean()
+        return PENALTY(Point(lambda z: functional_call(model, moved, (z,)), CROSS_ENTROPY, x, y)).mean()
 
     start = penalty(weights, 0.0)
     gradient = torch.autograd.grad(start, weights)

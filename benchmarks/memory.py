@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import turns
-from step_cost import METHODS, MODELS, Method, batch_of, frozen_optimizer, turn_of
+from step_cost import METHODS, MODELS, RECOMMENDED, Method, batch_of, frozen_optimizer, turn_of
 
 TARGET = 1.05  # of a natural step, for an exact gradient
 PARTS = (2, 3, 4, 8)
@@ -67,10 +67,8 @@ CONTENDERS: dict[str, Contender] = {
     **{f"exact, {parts} parts": Contender(dataclasses.replace(exact, parts=parts), same_as="exact") for parts in PARTS},
     "exact, half of the batch": Contender(METHODS["GradNorm, half of the batch"]),
     "exact, quarter of the batch": Contender(METHODS["GradNorm, quarter of the batch"]),
-    "differences, three passes": Contender(METHODS["differences, three passes"]),
-    "differences, one pass": Contender(METHODS["differences, one pass"], same_as="differences, three passes"),
-    "noisy differences, one pass, half": Contender(METHODS["noisy differences, one pass, half"]),
-    "noisy differences, one pass, quarter": Contender(METHODS["noisy differences, one pass, quarter"]),
+    "finite differences": Contender(METHODS["finite differences"]),
+    RECOMMENDED: Contender(METHODS[RECOMMENDED]),
     "natural, checkpointed": Contender(METHODS["natural"], checkpointed, same_as="natural"),
     "exact, checkpointed": Contender(exact, checkpointed, same_as="exact"),
     "PGD-3": Contender(METHODS["PGD-3"]),

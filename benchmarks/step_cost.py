@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
+from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradreg import (
@@ -35,7 +35,6 @@ from gradreg import (
     every,
     grad_norm,
     input_gradient,
-    sampled_class,
     smoothify,
 )
 
@@ -60,43 +59,29 @@ def explicit(model: nn.Module, x: Tensor, y: Tensor, t: int) -> Tensor:
     return 0.8 * losses.mean() + 1.2 * grad_norm(input_gradient(losses, x), Linf(EPS)).mean()
 
 
+def by_object(objective: PenalizedLoss) -> Total:
+    """An objective of the library."""
+    return lambda model, x, y, t: objective(model, x, y, t).total
+
+
 def penalized(
-    differentiation: Differentiation | None = None,
-    *,
-    weight: float | Schedule = 1.2,
-    fraction: float = 1.0,
-    noise: Linf | None = None,
-    bounds: tuple[float, float] | None = None,
+    differentiation: Differentiation | None = None, *, weight: float | Schedule = 1.2, fraction: float = 1.0
 ) -> Total:
     """GradNorm by the object."""
-    terms = {"grad_norm": Term(GradNormPenalty(Linf(EPS), bounds=bounds), weight=weight)}
-    objective = PenalizedLoss(
-        CRITERION, terms, loss_weight=0.8, differentiation=differentiation, fraction=fraction, noise=noise
+    terms = {"grad_norm": Term(GradNormPenalty(Linf(EPS)), weight=weight)}
+    return by_object(
+        PenalizedLoss(CRITERION, terms, loss_weight=0.8, differentiation=differentiation, fraction=fraction)
     )
-    return lambda model, x, y, t: objective(model, x, y, t).total
 
 
 def edge_alignment() -> Total:
     """The thesis's edge term on the logit of a sampled class."""
-    terms = {"edges": Term(EdgeAlignmentPenalty(), weight=0.5, of=sampled_class(0.5))}
-    objective = PenalizedLoss(CRITERION, terms)
-    return lambda model, x, y, t: objective(model, x, y, t).total
+    return by_object(PenalizedLoss(CRITERION, {"edges": Term(EdgeAlignmentPenalty(), weight=0.5)}))
 
 
 def adversarial(attack: Attack) -> Total:
     """The loss of attacked images; the attack asks for input gradients alone."""
-
-    def total(model: nn.Module, x: Tensor, y: Tensor, t: int) -> Tensor:
-        # A compiled backward pass builds the gradients of all that requires one, asked for or not.
-        frozen = list(model.parameters()) if isinstance(model, OptimizedModule) else []
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        x_adv = attack(model, x, y)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        return natural(model, x_adv, y)
-
-    return total
+    return by_object(PenalizedLoss(CRITERION, at=attack))
 
 
 def published_pgd(steps: int) -> Total:
@@ -123,7 +108,7 @@ class Method:
         floor: How many forward passes the arithmetic of a step is worth (README.md).
         steps: After how many steps the method begins anew: its cost is their mean.
         parts: In how many parts the batch is taken, one after the other, their gradients added up.
-        double: Whether it differentiates twice, as fused attention and a model compiled on its own cannot.
+        double: Whether it differentiates twice, as fused attention cannot.
         compiled: Whether ``--compile`` measures it too.
     """
 
@@ -136,15 +121,7 @@ class Method:
 
 
 exact = functools.partial(Method, double=True)
-differences = functools.partial(FiniteDifference, 0.25)
-
-
-def noisy(weight: float, fraction: float = 1.0) -> Total:
-    """Finite differences of a full step from a noisy start."""
-    difference = FiniteDifference(1.0, one_pass=True)
-    return penalized(difference, weight=weight, fraction=fraction, noise=Linf(EPS), bounds=(0.0, 1.0))
-
-
+RECOMMENDED = "N-FGSM on half (recommended)"
 METHODS: dict[str, Method] = {
     "natural": Method(natural, 3, compiled=True),
     "GradNorm, explicit loop": exact(explicit, 6),
@@ -153,15 +130,9 @@ METHODS: dict[str, Method] = {
     "GradNorm, quarter of the batch": exact(penalized(fraction=0.25), 3 + 3 / 4),
     "GradNorm, every 2nd step": exact(penalized(weight=every(2, 1.2)), 3 + 3 / 2, steps=2),
     "GradNorm, every 4th step": exact(penalized(weight=every(4, 1.2)), 3 + 3 / 4, steps=4),
-    "differences, three passes": Method(penalized(differences()), 7),
-    "differences, one pass": Method(penalized(differences(one_pass=True)), 6, compiled=True),
-    "differences, central": Method(penalized(differences(scheme="central")), 10),
-    "differences, central, one pass": Method(penalized(differences(scheme="central", one_pass=True)), 9),
-    "differences, one pass, half": Method(penalized(differences(one_pass=True), fraction=0.5), 3 + 3 / 2),
-    "differences, one pass, quarter": Method(penalized(differences(one_pass=True), fraction=0.25), 3 + 3 / 4),
-    "noisy differences, one pass": Method(noisy(0.4), 6, compiled=True),
-    "noisy differences, one pass, half": Method(noisy(0.4, 0.5), 3 + 2 / 2, compiled=True),
-    "noisy differences, one pass, quarter": Method(noisy(0.2, 0.25), 3 + 2 / 4, compiled=True),
+    "finite differences": Method(penalized(FiniteDifference(0.25)), 7, compiled=True),
+    "finite differences, central": Method(penalized(FiniteDifference(0.25, scheme="central")), 10),
+    RECOMMENDED: Method(adversarial(NFGSM(Linf(EPS), share=0.5)), 3 + 2 / 2, compiled=True),
     "edge alignment": exact(edge_alignment(), 6),
     "N-FGSM": Method(adversarial(NFGSM(Linf(EPS))), 5, compiled=True),
     "PGD-1": Method(adversarial(PGDAttack(Linf(EPS), steps=1, step_size=EPS, best=False)), 5),
@@ -183,7 +154,7 @@ def convnet() -> nn.Module:
 
 
 def resnet(name: str) -> nn.Module:
-    """A ResNet of torchvision, GELU in the place of ReLU."""
+    """A ResNet of torchvision, GELU instead of ReLU."""
     import torchvision
 
     return smoothify(torchvision.models.get_model(name, num_classes=10), act="gelu")
@@ -240,7 +211,7 @@ def turn_of(
 
 
 def turns_of(model: nn.Module, x: Tensor, y: Tensor, dtype: str, backend: str | None) -> dict[str, turns.Turn]:
-    """A round of every method, and of those that are to be compiled: docs/double-backward.md has the forms that work.
+    """A round of every method, and of those that are to be compiled, whose whole steps are.
 
     All share one copy of the model, whose weights do not change.
     """
@@ -250,14 +221,11 @@ def turns_of(model: nn.Module, x: Tensor, y: Tensor, dtype: str, backend: str | 
     if backend is None:
         return found
     torch.compiler.reset()
-    compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    alone = compile(model)
+    inductor.fallback_random = True  # the eager step's random numbers, so that gradients can be compared
     for name, method in METHODS.items():
-        if method.compiled and method.double:  # the whole step, which inlines the model
-            whole = dataclasses.replace(method, total=compile(method.total))
-            found[f"{name}, compiled"] = turn_of(whole, model, optimizer, x, y, dtype)
-        elif method.compiled:
-            found[f"{name}, compiled"] = turn_of(method, alone, optimizer, x, y, dtype)
+        if method.compiled:
+            whole = torch.compile(method.total, fullgraph=True, dynamic=False, backend=backend)
+            found[f"{name}, compiled"] = turn_of(dataclasses.replace(method, total=whole), model, optimizer, x, y, dtype)
     return found
 
 

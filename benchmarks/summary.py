@@ -4,12 +4,17 @@ python benchmarks/summary.py                   # after copying new reports from 
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import memory
 import turns
+from attention import CONTENDERS as OF_ATTENTION
+from memory import CONTENDERS as OF_MEMORY
+from step_cost import METHODS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+FORMER = "release de0dc25"  # which had other methods
 TITLES = {
     "convnet": "ConvNet",
     "resnet18": "ResNet-18",
@@ -45,7 +50,7 @@ def step_cost() -> str:
         ["natural step, ms", "", "", *(f"{1000 * _first(r['seconds']['natural']):.1f}" for r in found.values())]
     )
     header = ["step", "forward / to inputs / to weights / second", "floor", *columns]
-    return "\n\n".join(["## What a step costs", turns.table(header, rows), _origin(found)])
+    return "\n\n".join(["## What a step costs", turns.table(header, rows), *_former(first["floor"], METHODS), _origin(found)])
 
 
 def compiled() -> str:
@@ -70,7 +75,7 @@ def compiled() -> str:
     ]
     errors = [error for report in found.values() for error in report["gradient_error_of_compiled"].values()]
     note = f"Gradients of compiled steps differ from the eager ones by at most {max(errors):.0e}, relatively."
-    return "\n\n".join(["## What a compiled step costs", turns.table(header, rows), note])
+    return "\n\n".join(["## What a compiled step costs", turns.table(header, rows), note, *_former_compiled(names)])
 
 
 def peaks() -> str:
@@ -79,7 +84,8 @@ def peaks() -> str:
     parts = []
     for report in found.values():
         parts += [f"### {_title(report)}", memory.table_of(report["steps"])]
-    return "\n\n".join(["## What a step needs in memory", *parts, _origin(found)])
+    former = _former(next(iter(found.values()))["steps"], OF_MEMORY)
+    return "\n\n".join(["## What a step needs in memory", *parts, *former, _origin(found)])
 
 
 def attention() -> str:
@@ -89,7 +95,24 @@ def attention() -> str:
     for report in found.values():
         for tokens, rows in report["tokens"].items():
             parts += [f"### {report['model']}, {tokens} tokens, batch {report['batch_size']}", memory.table_of(rows)]
-    return "\n\n".join(["## What fused attention saves", *parts, _origin(found)])
+    former = _former(next(iter(next(iter(found.values()))["tokens"].values())), OF_ATTENTION)
+    return "\n\n".join(["## What fused attention saves", *parts, *former, _origin(found)])
+
+
+def _former(rows: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A note on the rows of an earlier release, if there are any."""
+    if set(rows) <= set(known):
+        return []
+    return [
+        f"Measured with {FORMER}, whose finite differences *in one pass*, noisy or not, are no longer part of the library."
+    ]
+
+
+def _former_compiled(rows: Iterable[str]) -> list[str]:
+    """A note on how an earlier release was compiled, if these are its rows."""
+    if {row.removesuffix(", compiled") for row in rows} <= set(METHODS):
+        return []
+    return [f"Measured with {FORMER}: the whole step of the exact penalty, and the model alone of everything else."]
 
 
 def _title(report: dict) -> str:

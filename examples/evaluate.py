@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", action="store_true", help="with timm's own weights, which it downloads")
     parser.add_argument("--checkpoint", type=Path, help="file of weights, loaded without running any code in it")
     parser.add_argument("--by-position", action="store_true", help="the checkpoint's names differ, its order does not")
-    parser.add_argument("--smoothify", metavar="ACT", help="put this activation in the place of ReLU and its like")
+    parser.add_argument("--smoothify", metavar="ACT", help="use this activation instead of ReLU and its like")
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder of images per class")
     parser.add_argument("--list", type=Path, help="file that names the images to take")
     parser.add_argument("--images", type=int, help="take the first IMAGES only")

@@ -21,11 +21,12 @@ from gradreg import statistics
 SOURCE = Path(gradreg.__file__).parent
 LAYERS: list[set[str]] = [
     {
-        "checks",
         "copies",
         "criteria",
         "edges",
+        "findings",
         "gradients",
+        "graphs",
         "intervals",
         "modes",
         "normalization",
@@ -35,10 +36,12 @@ LAYERS: list[set[str]] = [
         "threat_models",
         "wrappers",
     },
-    {"differentiation", "noise", "penalties", "scoring", "second_derivatives", "smooth"},
-    {"attacks", "model_checks", "preflight"},
+    {"checks", "noise", "second_derivatives", "trees"},
+    {"differentiation", "replay", "smooth"},
+    {"model_checks", "point"},
+    {"attacks", "penalties"},
     {"objective", "streaming"},
-    {"evaluation", "statistics"},
+    {"evaluation", "preflight", "statistics"},
     {"plots"},
 ]
 PARTS = sorted(
@@ -63,12 +66,14 @@ PUBLIC = [
     "FiniteDifference",
     "Flag",
     "GradNormPenalty",
+    "GradientPenalty",
     "GradregWarning",
     "IteratedAttack",
     "L1",
     "L2",
     "Linf",
     "NFGSM",
+    "Noise",
     "NonSmooth",
     "Normalize",
     "PGDAttack",
@@ -77,13 +82,13 @@ PUBLIC = [
     "PenalizedModel",
     "PenalizedOutput",
     "Penalty",
+    "Point",
     "PreflightReport",
     "Proportion",
     "RandomSearch",
     "RobustnessCurve",
     "RobustnessReport",
     "Schedule",
-    "Score",
     "SmoothReport",
     "StateError",
     "TargetedAPGDAttack",
@@ -135,11 +140,9 @@ RESULTS = {
     "Moments",
     "NonSmooth",
     "PenalizedOutput",
-    "Point",
     "PreflightReport",
     "RobustnessCurve",
     "RobustnessReport",
-    "Score",
     "SmoothReport",
 }  # shown in the examples of the functions that return them
 
@@ -218,6 +221,57 @@ def test_import_loads_torch_and_nothing_heavy() -> None:
         check=True,
     )
     assert result.stdout.split() == ["gradreg"]
+
+
+# Size
+
+
+def _functions() -> list[tuple[str, ast.FunctionDef]]:
+    trees = {path: ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+    nodes = ((path.stem, node) for path, tree in trees.items() for node in ast.walk(tree))
+    return [(name, node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+def _lines(function: ast.FunctionDef) -> int:
+    """Of its body, without the docstring."""
+    first, last = function.body[0], function.body[-1]
+    start = first.end_lineno + 1 if ast.get_docstring(function) else first.lineno
+    return last.end_lineno - start + 1
+
+
+def test_functions_fit_on_a_screen() -> None:
+    assert {f"{name}.{f.name}": _lines(f) for name, f in _functions() if _lines(f) > 50} == {}
+    (forward,) = (f for name, f in _functions() if name == "objective" and f.name == "forward" and _lines(f) > 5)
+    assert _lines(forward) < 40
+
+
+@pytest.mark.parametrize(
+    ("objective", "most"),
+    [
+        ("PenalizedLoss(terms={'p': Term(GradNormPenalty(Linf(0.1)))})", 45),
+        ("PenalizedLoss(at=NFGSM(Linf(0.1), share=0.5))", 55),
+    ],
+)
+def test_a_step_enters_few_functions(objective: str, most: int) -> None:
+    """Whoever follows a step in a debugger meets so many functions of the library (without these tests' checks)."""
+    program = f"""
+import gradreg, os, sys, torch
+from torch import nn
+from gradreg import GradNormPenalty, Linf, NFGSM, PenalizedLoss, Term
+home = os.path.dirname(gradreg.__file__)
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.GELU(), nn.Flatten(), nn.Linear(288, 10))
+x, y, objective, entered = torch.rand(8, 3, 8, 8), torch.randint(0, 10, (8,)), {objective}, set()
+objective(model, x, y).total.backward()
+def enter(frame, event, argument):
+    if event == "call" and frame.f_code.co_filename.startswith(home):
+        entered.add((frame.f_code.co_filename, frame.f_code.co_qualname))
+sys.setprofile(enter)
+objective(model, x, y)
+sys.setprofile(None)
+print(len(entered))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(result.stdout) <= most
 
 
 # What is public

@@ -16,7 +16,7 @@ class CheckpointError(RuntimeError):
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Put a checkpoint in the place of a file: after a kill or on a full disk the old one is still there."""
+    """Replace a file by a checkpoint: after a kill or on a full disk the old one is still there."""
     _put(path, lambda new: torch.save(dict(content), new))
 
 

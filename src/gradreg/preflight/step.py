@@ -1,13 +1,15 @@
 """The training step that is tried, and how to run it without a trace."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from gradreg.copies import alone, promoted
@@ -27,15 +29,15 @@ class Step:
     """One training step.
 
     Attributes:
-        objective: The objective, all of whose weights are numbers.
+        objective: The objective, the weights of whose terms are numbers.
         model: The model.
         x: What the objective takes as x.
         y: Its labels.
         t: The step of the optimiser.
-        blank: Parameters that are given random numbers.
-        copies: Whether model and objective can be copied.
-        kept: In copies, the modules and tensors whose originals hang on a graph: leaves, to see whether they are used.
         start: Has the states of all random generators at the start.
+        in_place: Whether the model itself has to be run, and no copy.
+        blank: Parameters that are given random numbers.
+        kept: In copies, modules and tensors whose originals hang on a graph: leaves, to see whether they are used.
     """
 
     objective: PenalizedLoss
@@ -43,15 +45,21 @@ class Step:
     x: Any
     y: Any
     t: float | None
+    start: EagerReplay
+    in_place: bool = False
     blank: tuple[str, ...] = ()
-    copies: bool = True
     kept: tuple[tuple[str, Tensor], ...] = ()
-    start: EagerReplay = field(default_factory=lambda: EagerReplay(nn.Identity(), torch.device("cpu")))
 
     @property
     def inputs(self) -> Inputs:
         """What the model is given."""
         return Inputs(self.x, self.objective.perturb)
+
+    @property
+    def batch(self) -> Batch:
+        """What its passes have in common."""
+        objective, how = self.objective, self.objective.differentiation
+        return Batch(self.model, objective.criterion, self.inputs, self.y, how, output=objective.output)
 
     @property
     def penalizes(self) -> bool:
@@ -68,13 +76,6 @@ class Step:
         """Whether anything depends on the gradient with respect to the input."""
         return self.penalizes or (self.objective.at is not None and self.objective.at.uses_gradients)
 
-    @property
-    def batch(self) -> Batch:
-        """What its passes have in common."""
-        objective = self.objective
-        how = objective.differentiation
-        return Batch(self.model, objective.criterion, self.inputs, self.y, how, output=objective.output)
-
     def run(self) -> PenalizedOutput:
         """Take the step up to the parameters' gradients."""
         out = self.objective(self.model, self.x, self.y, self.t)
@@ -89,39 +90,37 @@ class Step:
 
     @contextmanager
     def fresh(self, *, precise: bool = False) -> Iterator["Step"]:
-        """The step on copies of everything, always from the same state and random numbers.
-
-        Args:
-            precise: Whether the copies are in double precision.
-        """
-        if precise and not self.copies:
-            raise RuntimeError("A model that cannot be copied has no copy in double precision.")
-        whole = nn.ModuleList([self.model, self.objective])
-        with self.start.drawing("start"), nullcontext() if self.copies else left_as_found(whole):
-            model, objective = alone(whole, precise=precise) if self.copies else (self.model, copy.copy(self.objective))
+        """The step on copies, in double precision if need be, always from the same state and random numbers."""
+        whole, x, y = nn.ModuleList([self.model, self.objective]), self._copied(self.x), self._copied(self.y)
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            stack.enter_context(self.start.drawing("start"))
+            if self.in_place and not precise:
+                stack.enter_context(_left_as_found(whole))
+                model, objective, kept = self.model, copy.copy(self.objective), ()
+            else:
+                model, objective = alone(whole, precise=precise)
+                kept = tuple(self._kept_by(model))
+            if precise:
+                x, y = (tree_map(lambda leaf: promoted(leaf) if isinstance(leaf, Tensor) else leaf, t) for t in (x, y))
             with torch.no_grad():
                 for name in self.blank:
                     model.get_parameter(name).normal_(std=0.02)
-            met = check_model(objective, model, None)
-            met.penalized = met.graph_seen = True  # what it would warn of is told by `inspect`
-            x, y = self._copied(self.x, precise), self._copied(self.y, precise)
-            kept = tuple(self._kept_by(model)) if self.copies else ()
+            if met := check_model(objective, model, None):
+                met.penalized = met.graph_seen = True  # what it would warn of is told by `inspect`
             yield replace(self, model=model, objective=objective, x=x, y=y, kept=kept)
 
-    def _copied(self, tree: Any, precise: bool) -> Any:
+    def _copied(self, tree: Any) -> Any:
         """Inputs or labels without a graph, except for an x that has one, which the objective is to refuse."""
         x = self.inputs.x
 
         def copied(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or (leaf is x and leaf.grad_fn is not None):
-                return leaf
-            leaf = leaf.detach().clone()
-            return promoted(leaf) if precise else leaf
+            refused = leaf is x and x.grad_fn is not None
+            return leaf if refused or not isinstance(leaf, Tensor) else leaf.detach().clone()
 
         return tree_map(copied, tree)
 
     def _kept_by(self, copied: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """What hangs on a graph in the model; its copies, which hang on none, are made leaves."""
         for (name, module), twin in zip(self.model.named_modules(), copied.modules(), strict=False):
             for tensor, own in zip(tensors_in(vars(module)), tensors_in(vars(twin)), strict=False):
                 if tensor.grad_fn is not None and own.is_leaf and own.is_floating_point():
@@ -135,10 +134,10 @@ def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float
                    for name, term in objective.terms.items()}
     if t is None and callable(objective.loss_weight):
         tried.loss_weight = _above_0(objective.loss_weight, t)
-    step = Step(tried, model, x, y, t)
-    start = EagerReplay(nn.Identity(), step.inputs.x.device)
+    device = Inputs(x, objective.perturb).x.device
+    start = EagerReplay(nn.Identity(), torch.device("cpu") if device.type == "meta" else device)
     with start.drawing("start"):
-        return replace(step, start=start)
+        return Step(tried, model, x, y, t, start)
 
 
 def _above_0(weight_at: Callable[[Any], float], t: float | None) -> float:
@@ -151,46 +150,46 @@ def _above_0(weight_at: Callable[[Any], float], t: float | None) -> float:
     return value or 1.0
 
 
-def copying_fails(model: nn.Module, objective: PenalizedLoss) -> Exception | None:
-    """Why a model and its objective cannot be copied."""
-    try:
-        alone(nn.ModuleList([model, objective]), precise=False)
-    except Exception as error:  # whatever a module's own __deepcopy__ raises
-        return error
-    return None
-
-
 @contextmanager
-def left_as_found(whole: nn.Module) -> Iterator[None]:
-    """Run a model itself, without gradients from before, and put back what that changes."""
-    scripted = [module for module in whole.modules() if isinstance(module, torch.jit.ScriptModule)]
-    others = [module for module in whole.modules() if module not in scripted]
-    tensors = [*whole.parameters(), *(buffer for module in scripted for buffer in module.buffers())]
-    before = [(tensor, tensor.grad, tensor.detach().clone()) for tensor in tensors]
+def _left_as_found(whole: nn.Module) -> Iterator[None]:
+    """Run a model itself, without gradients from before and without DDP's communication; then put everything back."""
+    parallel = [module for module in whole.modules() if isinstance(module, DistributedDataParallel)]
+    attributes = [dict(vars(ddp)) for ddp in parallel]
+    before = [(parameter, parameter.grad, parameter.detach().clone()) for parameter in whole.parameters()]
     flags = [(module, module.training) for module in whole.modules()]
     try:
-        for tensor in tensors:
-            tensor.grad = None
-        with ModuleState(others).copied():
+        for parameter, *_ in before:
+            parameter.grad = None
+        for ddp in parallel:
+            vars(ddp).update(require_backward_grad_sync=False, require_forward_param_sync=False, reducer=_Idle())
+        with ModuleState([module for module in whole.modules() if module not in parallel]).copied():
             yield
     finally:
+        for ddp, own in zip(parallel, attributes, strict=True):
+            vars(ddp).update(own)
         for module, flag in flags:
             module.training = flag
-        for tensor, grad, values in before:
-            tensor.grad = grad
-            if not torch.equal(tensor, values):  # a graph that is still alive may need the tensor as it is
-                tensor.data.copy_(values)
+        for parameter, grad, values in before:
+            parameter.grad = grad
+            if not torch.equal(parameter, values):
+                parameter.data.copy_(values)
+
+
+@final
+class _Idle:
+    """Stands for DDP's reducer, which after the first step has all processes exchange the layout of its buckets."""
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
 def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists, dictionaries and dataclasses."""
-    seen = set() if seen is None else seen
+    seen = set() if seen is None else seen  # a container may hold itself
     if isinstance(value, Tensor):
         yield value
-    elif id(value) not in seen and not isinstance(value, nn.Module):
-        seen.add(id(value))  # which may hold itself
-        if is_dataclass(value):
-            value = [getattr(value, each.name, None) for each in fields(value)]
+    elif id(value) not in seen and not isinstance(value, nn.Module | type):
+        seen.add(id(value))
         items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        for item in items:
+        for item in [getattr(value, each.name, None) for each in fields(value)] if is_dataclass(value) else items:
             yield from tensors_in(item, seen)
