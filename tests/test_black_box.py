@@ -401,7 +401,7 @@ def test_random_search_looks_at_what_it_is_given() -> None:
     x, y = torch.rand(3, 2, 6, 6), torch.tensor([0, 1, 9])
     with pytest.raises(ValueError, match="the model has 4 classes"):
         RandomSearch(Linf(0.1))(lambda z: z.flatten(1)[:, :4], x, y)
-    with pytest.raises(TypeError, match="Wrap the model in a module"):
+    with pytest.raises(TypeError, match="tensor"):
         RandomSearch(Linf(0.1))(lambda z: (z, z), x, y)
     with pytest.raises(ValueError, match="one position per sample"):
         RandomSearch(Linf(0.1), seed=0)(lambda z: z.flatten(1)[:, :4], x, y, index=torch.arange(2))

@@ -129,13 +129,13 @@ class TestMinimalDistortion:
 
     def test_the_figure_of_the_thesis_takes_steps_as_long_as_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """PGD of 100 steps of 0.5/255 at 2/255: the steps grow with the radius."""
-        ascend, ratios = PGDAttack._ascend, []
+        run, ratios = PGDAttack.__call__, []
 
-        def watched(attack: PGDAttack, *args: Any) -> Tensor:
+        def watched(attack: PGDAttack, *args: Any, **options: Any) -> Tensor:
             ratios.append((attack.step_size / attack.threat.eps).flatten())
-            return ascend(attack, *args)
+            return run(attack, *args, **options)
 
-        monkeypatch.setattr(PGDAttack, "_ascend", watched)
+        monkeypatch.setattr(PGDAttack, "__call__", watched)
         model, x, y, _ = linear(Linf(0.02), 10)
         attack = PGDAttack(Linf(2 / 255), steps=100, step_size=0.5 / 255, bounds=None)
         minimal_distortion(model, [(x, y)], attack, bisections=2, progress=False)
@@ -179,13 +179,13 @@ class TestAccuracyCurve:
         assert curve.accuracy(radii[-1]).count < curve.accuracy(radii[0]).count
 
     def test_a_sample_takes_six_attacks_at_most_for_fifty_radii(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ascend, attacked = APGDAttack._ascend, []
+        run, attacked = APGDAttack.__call__, []
 
-        def watched(attack: APGDAttack, losses_at: Any, x: Tensor, *args: Any) -> Tensor:
+        def watched(attack: APGDAttack, model: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
             attacked.append(len(x))
-            return ascend(attack, losses_at, x, *args)
+            return run(attack, model, x, *args, **options)
 
-        monkeypatch.setattr(APGDAttack, "_ascend", watched)
+        monkeypatch.setattr(APGDAttack, "__call__", watched)
         model, x, y, radius = linear(Linf(0.1))
         for count in (1, 2, 3, 4, 50):
             attacked.clear()
@@ -400,11 +400,11 @@ class TestFiles:
 
         with pytest.raises(KeyboardInterrupt):
             accuracy_curve(model, loader(2), attack, SHORT, state=state, progress=False)
-        ascend, attacked = PGDAttack._ascend, []
+        run, attacked = PGDAttack.__call__, []
         monkeypatch.setattr(
             PGDAttack,
-            "_ascend",
-            lambda self, losses, x, *args: (attacked.append(len(x)), ascend(self, losses, x, *args))[1],
+            "__call__",
+            lambda self, model, x, *args, **options: (attacked.append(len(x)), run(self, model, x, *args, **options))[1],
         )
         resumed = accuracy_curve(model, loader(9), attack, SHORT, state=state, progress=False)
         assert (resumed.samples, resumed.distances) == (expected.samples, expected.distances)

@@ -34,6 +34,7 @@ from gradreg import (
     GradregWarning,
     Linf,
     PGDAttack,
+    Point,
     Proportion,
     RandomSearch,
     RobustnessReport,
@@ -130,8 +131,8 @@ class Shift(Attack):
     def name(self) -> str:
         return f"shift by {self.by}"
 
-    def _perturb(self, model: object, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        return x + self.by * self.threat.eps
+    def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
+        return point.x + self.by * self.threat.eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -959,15 +960,15 @@ class Interruption:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches = 0
         self.at = -1
-        ascend = PGDAttack._ascend
+        run = PGDAttack.__call__
 
-        def watched(attack: PGDAttack, *args: Any) -> Tensor:
+        def watched(attack: PGDAttack, *args: Any, **options: Any) -> Tensor:
             self.batches += 1
             if self.batches == self.at:
                 raise KeyboardInterrupt
-            return ascend(attack, *args)
+            return run(attack, *args, **options)
 
-        monkeypatch.setattr(PGDAttack, "_ascend", watched)
+        monkeypatch.setattr(PGDAttack, "__call__", watched)
 
 
 @pytest.fixture

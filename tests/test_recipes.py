@@ -436,7 +436,7 @@ def test_the_weight_of_the_edges(name: str, form: str, factor: float) -> None:
 def test_the_edges_that_a_gradient_is_aligned_with(name: str, form: str, energy: Any, level: str) -> None:
     term = build_objective(load(name, form), steps_per_epoch=7).terms["edges"]
     assert (term.penalty.energy, term.penalty.level, term.penalty.sigma) == (energy, level, 1.0)
-    assert term.of == sampled_class(0.5)
+    assert term.penalty.of == sampled_class(0.5)
 
 
 @pytest.mark.parametrize("form", ["thesis", "author_code"])

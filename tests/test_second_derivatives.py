@@ -2,9 +2,12 @@
 
 import gc
 import itertools
+import subprocess
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +53,7 @@ def however_small() -> Iterator[None]:
 CONVOLUTION_PAYS = calls._convolution_pays
 TERMS = {
     "loss": Term(GradNormPenalty(Linf(0.1)), 1.2),
-    "logit": Term(GradNormPenalty(L2(0.4)), 0.5, of=predicted_class()),
+    "logit": Term(GradNormPenalty(L2(0.4), of=predicted_class()), 0.5),
 }
 
 
@@ -533,6 +536,317 @@ def test_a_statistic_that_changes_before_the_backward_pass_is_noticed() -> None:
         total.backward()
 
 
+# Who looks at gradients before the first layer
+
+
+class Normalize(nn.Module):
+    """Two operations, whose tensors can be had: the first one's on the way through, all of them afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.through: Callable[[Tensor], Tensor] = lambda centred: centred
+        self.kept: dict[str, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = self.through(x - 0.4)
+        z = centred / 0.3
+        if self.kept is not None:
+            self.kept.update(input=x, centred=centred, normalised=z)
+        return z
+
+
+class Noticed(torch.autograd.Function):
+    """The identity, which appends the gradients that pass it to a list."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, seen: list[Tensor]) -> Tensor:
+        ctx.seen = seen
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.seen.append(gradient)
+        return gradient, None
+
+
+FIRST: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: nn.Conv2d(2, 6, 3),
+    "stem": lambda: nn.Conv2d(2, 6, 4, stride=2, padding=1),
+    "batch norm": lambda: nn.BatchNorm2d(2).eval(),
+    "linear": lambda: nn.Linear(6, 5),
+    "frozen": lambda: nn.Conv2d(2, 6, 1).requires_grad_(False),
+}
+
+
+def _behind_a_normalisation(first: str) -> nn.Sequential:
+    torch.manual_seed(1)
+    model = nn.Sequential(Normalize(), FIRST[first](), nn.Flatten(), nn.GELU(), nn.LazyLinear(4)).double()
+    model(make_batch()[0])  # for LazyLinear
+    return model
+
+
+# Sets hooks on a model that append gradients to a list. It goes on after the forward pass, and after the backward pass.
+Look = Callable[[nn.Sequential, list[Tensor]], Iterator[None]]
+
+
+def _in_the_forward_pass(set_hook: Callable[[Tensor, list[Tensor]], object]) -> Look:
+    """A hook on a tensor that is gone when the forward pass is over."""
+
+    def look(model: nn.Sequential, seen: list[Tensor]) -> Iterator[None]:
+        def through(centred: Tensor) -> Tensor:
+            if centred.requires_grad:
+                set_hook(centred, seen)
+            return centred
+
+        model[0].through = through
+        yield
+
+    return look
+
+
+def _after_the_forward_pass(set_hook: Callable[[Tensor, list[Tensor]], object], name: str) -> Look:
+    """A hook on a tensor that is kept."""
+
+    def look(model: nn.Sequential, seen: list[Tensor]) -> Iterator[None]:
+        model[0].kept = {}
+        yield
+        set_hook(model[0].kept[name], seen)
+        yield
+
+    return look
+
+
+def _on_a_module(register: Callable[[nn.Sequential, list[Tensor]], object]) -> Look:
+    def look(model: nn.Sequential, seen: list[Tensor]) -> Iterator[None]:
+        register(model, seen)
+        yield
+
+    return look
+
+
+def _retained(model: nn.Sequential, seen: list[Tensor], *, afterwards: bool = False) -> Iterator[None]:
+    model[0].kept = {}
+    if not afterwards:
+        model[0].register_forward_hook(lambda _, __, z: z.retain_grad())
+    yield
+    if afterwards:
+        model[0].kept["centred"].retain_grad()
+    yield
+    seen.append(model[0].kept["centred" if afterwards else "normalised"].grad)
+
+
+def _through_a_function(model: nn.Sequential, seen: list[Tensor]) -> Iterator[None]:
+    model[0].through = lambda centred: Noticed.apply(centred, seen)
+    yield
+
+
+def _doubled(gradient: Tensor, seen: list[Tensor]) -> Tensor:
+    seen.append(gradient)
+    return 2 * gradient
+
+
+def _append_all(seen: list[Tensor], *gradients: Sequence[Tensor | None] | None) -> None:
+    seen.extend(gradient for some in gradients for gradient in some or () if gradient is not None)
+
+
+def _hook(tensor: Tensor, seen: list[Tensor]) -> object:
+    return tensor.register_hook(seen.append)
+
+
+def _hook_on_node(tensor: Tensor, seen: list[Tensor]) -> object:
+    return tensor.grad_fn.register_hook(lambda inputs, outputs: _append_all(seen, inputs, outputs))
+
+
+def _prehook_on_node(tensor: Tensor, seen: list[Tensor]) -> object:
+    return tensor.grad_fn.register_prehook(lambda outputs: _append_all(seen, outputs))
+
+
+def _full_hook(module: nn.Module, seen: list[Tensor]) -> object:
+    return module.register_full_backward_hook(lambda _, inputs, outputs: _append_all(seen, inputs, outputs))
+
+
+LOOKS: dict[str, Look] = {
+    "a hook in the model": _in_the_forward_pass(_hook),
+    "a hook that changes the gradient": _in_the_forward_pass(
+        lambda z, seen: z.register_hook(partial(_doubled, seen=seen))
+    ),
+    "a hook on several tensors": _in_the_forward_pass(
+        lambda z, seen: register_multi_grad_hook([z, 2 * z], lambda gradients: _append_all(seen, gradients))
+    ),
+    "a hook on a node": _in_the_forward_pass(_hook_on_node),
+    "a hook before a node": _in_the_forward_pass(_prehook_on_node),
+    "a hook in a forward hook": _on_a_module(
+        lambda model, seen: model[0].register_forward_hook(lambda _, __, z: _hook(z, seen) and None)
+    ),
+    "a hook in a forward pre-hook": _on_a_module(
+        lambda model, seen: model.register_forward_pre_hook(lambda _, inputs: _hook(inputs[0], seen) and None)
+    ),
+    "a hook on the first layer's output": _on_a_module(
+        lambda model, seen: model[1].register_forward_hook(lambda _, __, z: _hook(z, seen) and None)
+    ),
+    "a full backward hook on the first layer": _on_a_module(lambda model, seen: _full_hook(model[1], seen)),
+    "a full backward hook on the model": _on_a_module(_full_hook),
+    "retain_grad": _retained,
+    "retain_grad afterwards": partial(_retained, afterwards=True),
+    "a function of the user's": _through_a_function,
+    **{
+        f"a hook on the {name}, afterwards": _after_the_forward_pass(_hook, name)
+        for name in ("input", "centred", "normalised")
+    },
+    "a hook on a node, afterwards": _after_the_forward_pass(_hook_on_node, "input"),
+    "a hook before a node, afterwards": _after_the_forward_pass(_prehook_on_node, "normalised"),
+}
+
+
+def _looked_at(look: Look, first: str, objective: PenalizedLoss) -> tuple[list[Tensor], bool]:
+    """What was seen, after the parameters' gradients; and whether layers were exchanged."""
+    model, seen = _behind_a_normalisation(first), list[Tensor]()
+    steps = look(model, seen)
+    next(steps)
+    torch.manual_seed(3)
+    total = objective(model, *make_batch()).total
+    next(steps, None)
+    total.backward()
+    next(steps, None)
+    assert seen
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    return [gradient.detach() for gradient in (*gradients, *seen)], _is_ours(total)
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("look", LOOKS)
+def test_gradients_before_the_first_layer_are_seen_as_without_the_exchange(look: str, first: str) -> None:
+    found, exchanged = _looked_at(LOOKS[look], first, _objective(fused=True))
+    expected, _ = _looked_at(LOOKS[look], first, _objective(fused=False))
+    assert exchanged
+    assert len(found) == len(expected)
+    assert all(relative_error([a], [b]) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("first", ["convolution", "stem", "batch norm"])
+def test_hooks_on_the_node_of_a_first_layer(first: str) -> None:
+    """Which is another one than PyTorch's, with as many inputs."""
+
+    def look(model: nn.Sequential, seen: list[Tensor]) -> Iterator[None]:
+        model[1].register_forward_hook(lambda _, __, z: _hook_on_node(z, seen) and None)
+        yield
+
+    found, expected = (_looked_at(look, first, _objective(fused=fused))[0] for fused in (True, False))
+    assert len(found) == len(expected)
+    assert all(relative_error([a], [b]) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("join", [lambda x: torch.cat([x, x]), lambda x: torch.cat(tensors=(x, x))])
+def test_an_input_that_is_passed_in_a_list_or_by_name(join: Callable[[Tensor], Tensor]) -> None:
+    leaf, seen = _leaf(), list[Tensor | None]()
+    x = leaf.clone()
+    with SecondDerivatives(leaf):
+        value = F.conv2d(join(x), torch.ones(2, 2, 1, 1).double().requires_grad_())
+    x.register_hook(seen.append)
+    value.sum().backward()
+    assert torch.equal(seen[0], torch.full_like(x, 4.0))
+
+
+def test_no_hook_keeps_the_graph_alive() -> None:
+    model = nn.Sequential(Normalize(), FIRST["frozen"](), nn.GELU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+    inside: list[weakref.ref[Tensor]] = []
+
+    def hook(_: nn.Module, __: object, z: Tensor) -> None:
+        z.register_hook(lambda _: None)
+        z.grad_fn.register_hook(lambda *_: None)
+        inside.append(weakref.ref(z))
+
+    for module in model:
+        module.register_forward_hook(hook)
+    gc.collect()
+    gc.disable()
+    try:
+        _objective(fused=True)(model.double(), *make_batch()).total.backward()
+        assert [tensor() for tensor in inside] == [None] * len(model)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("look", ["a hook in the model", "a hook on a node", "a function of the user's"])
+def test_gradients_before_a_stem_are_seen_with_finite_differences(look: str) -> None:
+    objective = PenalizedLoss(per_sample_cross_entropy, TERMS, differentiation=FiniteDifference(threat=Linf(0.1)))
+    found, _ = _looked_at(LOOKS[look], "stem", objective)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "_may_replace", lambda: False)
+        expected, exchanged = _looked_at(LOOKS[look], "stem", objective)
+    assert not exchanged
+    assert len(found) == len(expected)
+    assert all(relative_error([a], [b]) < 1e-9 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_a_hook_is_called_with_a_gradient_however_large_the_batch(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_LEAST_PRODUCTS", 2**22)
+    monkeypatch.setattr(calls, "_convolution_pays", CONVOLUTION_PAYS)
+    model = nn.Sequential(Normalize(), nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 14 * 14, 4)).double()
+    seen: list[Tensor | None] = []
+    model[0].register_forward_hook(lambda _, __, z: z.register_hook(seen.append) and None)
+    x, y = torch.rand(batch, 3, 16, 16, dtype=torch.float64), torch.randint(4, (batch,))
+    for fused in (True, False):
+        total = _objective(fused=fused)(model, x, y).total
+        assert _is_ours(total) == (fused and batch == 64)
+        total.backward()
+    assert len(seen) == 6  # two scores' inner passes, the outer one
+    assert relative_error(seen[:3], seen[3:]) < 1e-12
+
+
+ELSEWHERE: dict[str, Callable[[nn.Sequential], object]] = {
+    "on a parameter": lambda model: model[1].weight.register_hook(lambda _: None),
+    "in a later layer": lambda model: model[3].register_forward_hook(
+        lambda _, __, z: z.register_hook(lambda _: None) and None
+    ),
+    "retained by a later layer": lambda model: model[1].register_forward_hook(lambda _, __, z: z.retain_grad()),
+    "of a later layer": lambda model: model[3].register_full_backward_hook(lambda *_: None),
+    "that keeps activations": lambda model: model[0].register_forward_hook(lambda _, __, z: setattr(model, "kept", z)),
+}
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_hooks_elsewhere_cost_nothing(elsewhere: str, convolved: list[tuple[bool, bool, bool]]) -> None:
+    model = _behind_a_normalisation("convolution")
+    ELSEWHERE[elsewhere](model)
+    total = _objective(fused=True)(model, *make_batch()).total
+    convolved.clear()
+    for _ in range(2):  # what has been asked of the graph leaves no trace in it
+        total.backward(retain_graph=True)
+        assert convolved == [TO_W, TO_W, TO_W_AND_B]
+        convolved.clear()
+
+
+def test_frozen_layers_before_the_first_trained_one_cost_nothing(convolved: list[tuple[bool, bool, bool]]) -> None:
+    model = nn.Sequential(Normalize(), FIRST["frozen"](), nn.GELU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+    total = _objective(fused=True)(model.double(), *make_batch()).total
+    convolved.clear()
+    total.backward()
+    assert convolved == [TO_W, TO_W, TO_W_AND_B]
+
+
+def test_a_hook_costs_one_input_gradient(convolved: list[tuple[bool, bool, bool]]) -> None:
+    model = _behind_a_normalisation("convolution")
+    model[0].register_forward_hook(lambda _, __, z: z.register_hook(lambda _: None) and None)
+    total = _objective(fused=True)(model, *make_batch()).total
+    convolved.clear()
+    total.backward()
+    assert convolved == [TO_W, TO_W, ALL]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_gradients_that_are_seen_can_be_differentiated_again() -> None:
+    found = []
+    for fused in (True, False):
+        model, seen = _behind_a_normalisation("convolution"), list[Tensor]()
+        model[0].register_forward_hook(lambda _, __, z, seen=seen: z.register_hook(seen.append) and None)
+        _objective(fused=fused)(model, *make_batch()).total.backward(create_graph=True)
+        found.append(list(torch.autograd.grad(seen[-1].square().sum(), parameters_of(model), allow_unused=True)))
+        model.zero_grad()
+    assert relative_error(*([g for g in some if g is not None] for some in found)) < 1e-11
+
+
 # What is left to PyTorch
 
 
@@ -659,6 +973,32 @@ def test_finite_differences_and_natural_steps_are_left_to_pytorch() -> None:
     ):
         assert not _is_ours(objective(model, x, y).total)
     assert _is_ours(PenalizedModel(model, _objective(fused=True))(x, y).total)
+
+
+COMPILED = """
+import torch
+import torch.nn.functional as F
+from gradreg.second_derivatives import SecondDerivatives
+
+def function(x):
+    z = x - 0.4
+    z.register_hook(lambda gradient: 2 * gradient)
+    return F.silu(z)
+
+compiled = torch.compile(function, backend="eager", fullgraph=True)
+torch._dynamo.config.error_on_recompile = True
+x = torch.rand(2**17, requires_grad=True)
+for _ in range(3):
+    with SecondDerivatives(x):
+        value = compiled(x)
+    assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (value, function(x))))
+"""
+
+
+def test_a_compiler_follows_the_mode() -> None:
+    """In a process of its own, without the checks of annotations, which it could not follow."""
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_no_warning_is_given() -> None:

@@ -124,9 +124,9 @@ def build_objective(recipe: Recipe, steps_per_epoch: int) -> PenalizedLoss:
         penalty = GradNormPenalty(_threat(grad_norm, recipe))
         terms["grad_norm"] = Term(penalty, weight=_weight(grad_norm.weight, grad_norm.ramp, steps_per_epoch))
     if (edges := recipe.objective.edges) is not None:
-        alignment = EdgeAlignmentPenalty(edges.sigma, energy=ENERGIES[edges.energy], level=edges.level)
         of = None if edges.temperature is None else sampled_class(edges.temperature)
-        terms["edges"] = Term(alignment, weight=_weight(edges.weight, edges.ramp, steps_per_epoch), of=of)
+        alignment = EdgeAlignmentPenalty(edges.sigma, energy=ENERGIES[edges.energy], level=edges.level, of=of)
+        terms["edges"] = Term(alignment, weight=_weight(edges.weight, edges.ramp, steps_per_epoch))
     return PenalizedLoss(
         cross_entropy,
         terms,
@@ -167,7 +167,7 @@ def build_attack(recipe: Recipe, epoch: int) -> Any:
     threat, step_size = Linf(units.radius(attack.eps)), units.radius(attack.step_size * _warmth(attack, epoch))
     common: dict[str, Any] = {"bounds": units.bounds, "out_of_bounds": "clamp", "mode": "eval"}
     if attack.kind == "nfgsm":
-        return NFGSM(threat, **common)
+        return NFGSM(threat, noise=2.0, **common)
     if attack.best == "batch":
         seen_raw = attack.final_check == "raw"
         undo = (recipe.data.mean, recipe.data.std) if seen_raw else None

@@ -74,7 +74,8 @@ def dry_run(recipe: Recipe, folder: Path, options: Options, world: World) -> Non
     x, labels = next(iter(training_loader(images, parts, workers=0)))
     x, y = mixed(x, labels, recipe, images.classes, Place(0, 0, world.rank))
     few = min(4, size)
-    report = preflight(training.model, x[:few].to(world.device), y[:few].to(world.device))
+    batch = x[:few].to(world.device), y[:few].to(world.device)
+    report = preflight(training.objective, training.model, *batch, training.step)
     stream = iter(training_loader(images, parts, options.workers))
     seconds = []
     for _ in range(min(TIMED + 1, parts.steps)):

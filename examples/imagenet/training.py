@@ -113,12 +113,12 @@ class Training:
         self.schedule = build_schedule(recipe, self.optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
         self.step = 0  # how many optimiser steps have been taken
+        self.objective = build_objective(recipe, self.parts.steps_per_epoch)
         self._memory = memory
         self._penalized = self._wrapped()
 
     def _wrapped(self) -> nn.Module:
-        objective = build_objective(self.recipe, self.parts.steps_per_epoch)
-        penalized: nn.Module = PenalizedModel(self.model, objective)
+        penalized: nn.Module = PenalizedModel(self.model, self.objective)
         if self.options.compile:
             penalized = torch.compile(penalized)
         if self.world.processes == 1:

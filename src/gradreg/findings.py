@@ -24,12 +24,14 @@ class Finding:
             ``"the penalty 'name'"``; empty for the model or the batch as a whole.
         problem: What is wrong.
         fix: What to do about it; empty where the problem says it.
+        second_only: Whether only second derivatives are at fault.
     """
 
     severity: Severity
     where: str
     problem: str
     fix: str = ""
+    second_only: bool = False
 
     def at(self, where: str | Iterable[str] = "", **values: object) -> "Finding":
         """The same problem at a place, its blanks filled in.
@@ -44,7 +46,7 @@ class Finding:
     @property
     def message(self) -> str:
         """The text of an exception or a warning."""
-        return f"PenalizedLoss: {self.problem} {self.fix}"
+        return f"PenalizedLoss: {self.problem} {self.fix} {_INSTEAD if self.second_only else ''}".rstrip()
 
     def __str__(self) -> str:
         names = self.where.split(", ") if self.where else []
@@ -55,31 +57,30 @@ class Finding:
         return "\n  fix: ".join([*lines, self.fix] if self.fix else lines)
 
 
-def _error(problem: str, fix: str = "") -> Finding:
-    return Finding("error", "", problem, fix)
+def _error(problem: str, fix: str = "", *, second_only: bool = False) -> Finding:
+    return Finding("error", "", problem, fix, second_only)
 
 
 def _warning(problem: str, fix: str = "") -> Finding:
     return Finding("warning", "", problem, fix)
 
 
+_INSTEAD = (
+    "Or use differentiation=FiniteDifference(), which needs no second derivative. gradreg.preflight(objective, model, x, "
+    "y) names the modules, and says what works."
+)
 CRITERION = "the criterion"
-OR_FINITE_DIFFERENCE = "Or use differentiation=FiniteDifference(), which needs no second derivative."
 _EPSILON = "Keep norms, square roots and divisions away from 0 by an epsilon."
 
 # The model and the batch
 
-FUNCTION = _error(
+NOT_AN_OBJECTIVE = _error(
     "objective and model are a {objective} and a {model}; expected a PenalizedLoss and an nn.Module.",
     "The order is preflight(objective, model, x, y). Wrap a function in a module whose forward calls it.",
 )
 META = _error(
     "there are no values to run on the meta device.",
     "Call model.to_empty(device=...), then initialise or load the weights; take x and y from a loader.",
-)
-MADE_IN_INFERENCE_MODE = _error(
-    "a part of the batch was made inside torch.inference_mode(): no backward pass can save it.",
-    "Load the batch outside of inference mode, or clone() it there.",
 )
 IDS = _error(
     "x is of type {dtype}; a gradient needs real numbers.",
@@ -103,11 +104,6 @@ UNCOPIED = _warning(
     "the model or the objective cannot be copied ({error}): the step was tried on the model itself, and everything was "
     "put back.",
 )
-UNCOPIED_PARALLEL = _error(
-    "the model cannot be copied ({error}), and DistributedDataParallel in it waits for the other processes: nothing was "
-    "tried.",
-    "Run preflight before the model is wrapped.",
-)
 
 # Distributed training
 
@@ -120,6 +116,7 @@ FREED_PARAMETERS = _error(
     "fully_shard frees the parameters after the first backward pass, and double backward needs them again.",
     "Call model.set_reshard_after_backward(False, recurse=True) once, and reshard() on every FSDPModule between "
     "backward and the optimiser's step (without it the step trains stale weights).",
+    second_only=True,
 )
 SHARDED = _warning(
     "a sharded model is not run by preflight: nothing was tried.",
@@ -133,7 +130,6 @@ SYNC_BATCH_NORM_ALONE = _warning(
     "SyncBatchNorm has no second derivative: this will fail once there is more than one process.",
     SYNC_BATCH_NORM.fix,
 )
-SYNC_BATCH_NORM_WAITS = _warning("SyncBatchNorm waits for the other processes.", "Run preflight on all of them.")
 
 # What a penalty asks of a model
 
@@ -158,10 +154,12 @@ FUSED_ATTENTION = _error(
     "fused attention ({operation}) has no second derivative.",
     "Run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or in a timm model set "
     "module.fused_attn = False on these modules (timm.layers.set_fused_attn(False) before it is built).",
+    second_only=True,
 )
 COMPILED = _error(
     "the model is compiled, and torch.compile makes a backward pass that cannot be differentiated again.",
     "Penalise the model that is not compiled, and compile the whole step.",
+    second_only=True,
 )
 REENTRANT = _error(
     "reentrant checkpointing cannot take part in an input gradient.",

@@ -11,7 +11,7 @@ ScoresAt = Callable[[Tensor], Tensor]
 
 
 def input_gradient(
-    losses: Float[Tensor, "B"], x: Float[Tensor, "B *x"], *, create_graph: bool = True
+    losses: Float[Tensor, "B"], x: Float[Tensor, "B *x"], *, create_graph: bool = True, retain_graph: bool = True
 ) -> Float[Tensor, "B *x"]:
     r"""Gradient of every sample's loss with respect to its own input, :math:`g_b = \nabla_{x_b} \ell_b`.
 
@@ -23,10 +23,10 @@ def input_gradient(
         losses: One loss (or logit, or any score) per sample, shape ``(B,)``: a criterion with ``reduction="none"``.
         x: The input that the losses were computed from, which required grad *before* the model's forward pass.
         create_graph: Whether the result can be differentiated again. A penalty needs that; an attack does not.
+        retain_graph: Whether the losses can be differentiated again.
 
     Returns:
-        The gradients, with the shape of x. The graph of the losses stays alive, so that they can be differentiated
-        again. No parameter's ``.grad`` is touched.
+        The gradients, with the shape of x. No parameter's ``.grad`` is touched.
 
     Raises:
         ValueError: If the losses are not of shape ``(B,)``.
@@ -51,7 +51,7 @@ def input_gradient(
         )
     try:
         (grad,) = torch.autograd.grad(
-            losses.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True
+            losses.sum(), x, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
         )
     except RuntimeError as error:
         raise RuntimeError(f"input_gradient: {error}\n{_fix_of(error)}") from error

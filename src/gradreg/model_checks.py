@@ -2,11 +2,12 @@
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradreg import checks, findings
 from gradreg.differentiation import Differentiation
@@ -57,13 +58,14 @@ def check_model(objective: nn.Module, model: object, differentiation: Differenti
     met = _met.setdefault(objective, weakref.WeakKeyDictionary()).get(model)
     if met is None:
         if getattr(getattr(objective, "at", None), "uses_gradients", False):
-            _refuse(model, second_order=False)
+            _heed(seen_in(model, penalizes=False, second_order=False))
         units = [name for name, module in model.named_modules() if is_sharded(module)]
         met = _met[objective][model] = Meeting(normalizes(model), units)
     if differentiation is not None:
         if not met.penalized:
-            _refuse(model, differentiation.second_order)
-            _warn(model, differentiation.second_order)
+            second_order = differentiation.second_order
+            _heed(seen_in(model, penalizes=True, second_order=second_order))
+            _heed(_suspected_of(model) if second_order else ())
             met.penalized = True
         _check_parameters(objective, model, met.units)
     return met
@@ -95,7 +97,7 @@ def check_graph(met: Meeting, logits: object, second_order: bool) -> None:
     graph = logits.grad_fn if isinstance(logits, Tensor) else None
     fused = [node.name() for node in new_nodes([graph], ()) if node.name().startswith("ScaledDotProduct")]
     if fused:
-        _warn_of(findings.FUSED_ATTENTION.at(operation=fused[0]))
+        checks.warn(findings.FUSED_ATTENTION.at(operation=fused[0]).message)
 
 
 def check_samples_are_apart(model: object) -> None:
@@ -108,37 +110,42 @@ def check_samples_are_apart(model: object) -> None:
         )
 
 
-def batch_statistics(coupled: Sequence[nn.Module], rank: str = "") -> Finding:
-    """What to say of layers that use the statistics of the batch."""
-    found = findings.BATCH_STATISTICS.at(count=len(coupled), kind=type(coupled[0]).__name__, rank=rank)
-    # Statistics that nothing has moved yet are not to be frozen: they are those of no data.
-    counts = [getattr(layer, "num_batches_tracked", None) for layer in coupled]
-    if any(count is None or count == 0 for count in counts):
-        return found
-    return replace(found, fix=f"{found.fix} {findings.FREEZE}")
+def seen_in(model: nn.Module, *, penalizes: bool, second_order: bool) -> Iterator[Finding]:
+    """What can be seen in a model whose input gradients are taken: of wrappers, and of BatchNorm.
+
+    Args:
+        model: The model.
+        penalizes: Whether a penalty takes them, and no attack alone.
+        second_order: Whether they are differentiated again.
+    """
+    modules = dict(model.named_modules())
+    if static := [name for name, module in modules.items() if is_static(module)]:
+        yield findings.STATIC_GRAPH.at(static)
+    sharded = {name: module for name, module in modules.items() if is_sharded(module)}
+    if second_order and any(map(frees_parameters, sharded.values())):
+        yield findings.FREED_PARAMETERS.at(sharded)
+    if penalizes and (coupled := set(batch_norms(model))):
+        layers = {name: module for name, module in modules.items() if module in coupled}
+        kind = type(next(iter(layers.values()))).__name__
+        rank = " on its rank" if any(isinstance(module, DistributedDataParallel) for module in modules.values()) else ""
+        found = findings.BATCH_STATISTICS.at(layers, count=len(layers), kind=kind, rank=rank)
+        # Statistics that nothing has moved yet, those of no data, are not to be frozen.
+        counts = [getattr(layer, "num_batches_tracked", None) for layer in coupled]
+        fresh = any(count is None or count == 0 for count in counts)
+        yield found if fresh else replace(found, fix=f"{found.fix} {findings.FREEZE}")
 
 
-def _refuse(model: nn.Module, second_order: bool) -> None:
-    if any(is_static(module) for module in model.modules()):
-        raise RuntimeError(findings.STATIC_GRAPH.message)
-    if second_order and any(is_sharded(module) and frees_parameters(module) for module in model.modules()):
-        raise RuntimeError(f"{findings.FREED_PARAMETERS.message} {findings.OR_FINITE_DIFFERENCE}")
-
-
-def _warn(model: nn.Module, second_order: bool) -> None:
-    if coupled := batch_norms(model):
-        checks.warn(batch_statistics(coupled).message)
-    if not second_order:
-        return
+def _suspected_of(model: nn.Module) -> Iterator[Finding]:
+    """What may break second derivatives, or make them useless, which only a run would show."""
     if any(is_compiled(module) for module in model.modules()):
-        _warn_of(findings.COMPILED)
-    flat = [site for site in find_nonsmooth(model) if site.flat]
-    if flat:
+        yield replace(findings.COMPILED, severity="warning")
+    if flat := [site for site in find_nonsmooth(model) if site.flat]:
         example = f"{flat[0].name or 'the model'}: {flat[0].kind}"
-        checks.warn(findings.PIECEWISE_LINEAR.at(count=len(flat), example=example).message)
+        yield findings.PIECEWISE_LINEAR.at(count=len(flat), example=example)
 
 
-def _warn_of(finding: Finding) -> None:
-    """Warn of what has no second derivative."""
-    names = "gradreg.preflight(objective, model, x, y) names the modules, and says what works."
-    checks.warn(f"{finding.message} {findings.OR_FINITE_DIFFERENCE} {names}")
+def _heed(found: Iterable[Finding]) -> None:
+    for finding in found:
+        if finding.severity == "error":
+            raise RuntimeError(finding.message)
+        checks.warn(finding.message)

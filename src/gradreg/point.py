@@ -213,13 +213,13 @@ class Point:
                 return without_random_numbers(lambda found: criterion(found, labels), logits)
             return criterion(logits, labels)
 
-    def slope(self, of: ScoreOf = None, *, create_graph: bool) -> Tensor:
-        """The input gradient of a score as autograd has it: with a graph, if ``create_graph``, or without."""
+    def slope(self, of: ScoreOf = None, *, create_graph: bool, last: bool = False) -> Tensor:
+        """The input gradient of a score as autograd has it: with a graph, or without; after the ``last`` none is left."""
         for known, has_graph, grad in self._slopes:
             if known == of and has_graph >= create_graph:
                 return grad
         scale = self.batch.inner_scale
-        grad = at_least_float32(self._differentiated(of, scale, create_graph))
+        grad = at_least_float32(self._differentiated(of, scale, create_graph, retain_graph=not last))
         if scale != 1:
             grad = grad / scale
         if self.batch.look:
@@ -278,10 +278,11 @@ class Point:
             output, moved = batch.replay.call(batch.inputs, z, counts=self.counts)
         return output if isinstance(output, Tensor) and batch.output is None else batch.read(output), moved
 
-    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
+    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
         """The input gradient of a scaled score."""
         scores = self.losses if of is None else self.score(of)
-        return input_gradient(scores if scale == 1 else scores * scale, self._leaf, create_graph=create_graph)
+        scores = scores if scale == 1 else scores * scale
+        return input_gradient(scores, self._leaf, create_graph=create_graph, retain_graph=retain_graph)
 
     def _score_of(self, of: ScoreOf) -> Callable[[Any], Tensor]:
         """A score as a function of the logits."""
@@ -312,7 +313,7 @@ class _TransformedPoint(Point):
             self.batch.replay.take_over(moved)
         return logits
 
-    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
+    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
         logits, score_of = self.logits, self._score_of(of)
         (grad,) = self._pull_back(torch.func.grad(lambda found: scale * score_of(found).sum())(logits))
         return grad
@@ -336,8 +337,8 @@ class Parts(Point):
     def _run(self) -> Any:
         return self._joined(lambda part: part.logits)
 
-    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool) -> Tensor:
-        return self._joined(lambda part: part._differentiated(of, scale, create_graph))
+    def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
+        return self._joined(lambda part: part._differentiated(of, scale, create_graph, retain_graph=retain_graph))
 
     def _joined(self, values_of: Callable[[Point], Any]) -> Any:
         return joined([values_of(part) for part in self._parts], self._rows)

@@ -387,7 +387,7 @@ def clamped_(z: Tensor, bounds: Bounds) -> Tensor:
     """Clamp z to two numbers or to two tensors: in place, where no transform may follow it."""
     if isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor):
         bounds = bounds_like(bounds, z)
-    if torch._C._functorch.is_functorch_wrapped_tensor(z):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z):
         return z.clamp(*bounds)  # type: ignore[arg-type]
     return z.clamp_(*bounds)  # type: ignore[arg-type]  # the stubs know either pair, not one type for both
 

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from gradreg import Linf, PGDAttack, RandomSearch, RobustnessReport, accuracy_curve, evaluate
-from gradreg.statistics import GradientNorm, HessianNorm, gradient_histograms, measure
+from gradreg import GradNormPenalty, Linf, PGDAttack, RandomSearch, RobustnessReport, accuracy_curve, evaluate
+from gradreg.statistics import HessianNorm, gradient_histograms, measure
 
 from processes import leave
 
@@ -34,7 +34,7 @@ RANKS = 2
 SAMPLES, BATCH = 47, 5  # ten batches, the last of two samples
 ATTACKS = {"pgd": PGDAttack(Linf(0.03), steps=3), "search": RandomSearch(Linf(0.03), queries=10)}
 attacked: list[int] = []  # how many samples PGD was run on, batch by batch
-_ascend = PGDAttack._ascend
+_attack = PGDAttack.__call__
 
 
 def model() -> nn.Module:
@@ -59,10 +59,10 @@ def content(report: RobustnessReport) -> dict[str, Any]:
     return {"samples": report.samples, "verdicts": report.verdicts, "passes": passes, "flags": flags}
 
 
-def watched(attack: PGDAttack, losses_at: Any, x: Tensor, *args: Any) -> Tensor:
+def watched(attack: PGDAttack, model: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     """The attack, noted."""
     attacked.append(len(x))
-    return _ascend(attack, losses_at, x, *args)
+    return _attack(attack, model, x, *args, **options)
 
 
 def found(loader: Any = None, net: nn.Module | None = None, **options: Any) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def alone(state: str, log: str, output: str) -> None:
         time.sleep(0.02)
         replace(*paths)
 
-    def noted(attack: PGDAttack, *args: Any) -> Tensor:
+    def noted(attack: PGDAttack, *args: Any, **options: Any) -> Tensor:
         with Path(log).open("a") as file:
             file.write("attacked\n")
         time.sleep(0.02)
-        return _ascend(attack, *args)
+        return _attack(attack, *args, **options)
 
-    os.replace, PGDAttack._ascend = slowly, noted
+    os.replace, PGDAttack.__call__ = slowly, noted
     Path(output).write_text(json.dumps(found(state=state)))
 
 
@@ -164,7 +164,7 @@ def _curve(folder: Path) -> dict[str, Any]:
 
 
 def _statistics(folder: Path) -> dict[str, Any]:
-    measured = measure(model(), batches(), [GradientNorm(), HessianNorm(3)], attack=ATTACKS["pgd"], progress=False)
+    measured = measure(model(), batches(), [GradNormPenalty(Linf(1.0)), HessianNorm(3)], attack=ATTACKS["pgd"], progress=False)
     histogram = gradient_histograms(model(), batches(), progress=False)["all"]
     return {"values": measured.values, "attacked": measured.attacked, "histogram": sorted(histogram.counts.items())}
 
@@ -193,7 +193,7 @@ ALONE = ("plain", "masking", "one batch", "curve", "statistics")  # what one pro
 
 def _run(rank: int, folder: str, output: str) -> None:
     torch.set_num_threads(1)
-    PGDAttack._ascend = watched
+    PGDAttack.__call__ = watched
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     results: dict[str, Any] = {}
     for name, case in CASES.items():
@@ -211,7 +211,7 @@ def _run(rank: int, folder: str, output: str) -> None:
 
 def ranks(output: str) -> None:
     """All cases in two ranks, and in one process before and after."""
-    PGDAttack._ascend = watched
+    PGDAttack.__call__ = watched
     with tempfile.TemporaryDirectory() as folder:
         single = {name: CASES[name](Path(folder)) for name in ALONE}
         found(batches()[:4], state=Path(folder) / "one.json")

@@ -127,7 +127,8 @@ class Attack(ABC):
         if isinstance(y, Tensor):
             y = outside_inference_mode(y).to(x.device)
         look = may_look(self, x)
-        return Point.of(Batch(model, cross_entropy, Inputs(x), y, InputOnly(), of_classes=True, look=look), x)
+        batch = Batch(model, cross_entropy, Inputs(x), y, InputOnly(), of_classes=True, look=look)
+        return Point.of(batch, x, counts=False)
 
     def _moved(self, x: Tensor, change: Tensor) -> Tensor:
         """x + change, within the bounds."""
@@ -202,14 +203,14 @@ class LossAttack(Attack):
 
     def _slope(self, point: Point) -> Tensor:
         """The gradient of what is to be raised at a point, which computes it unless it has it."""
-        criterion = self.criterion
+        criterion, last = self.criterion, not point.counts  # the graph of the step's own point is still needed
         if criterion is None:
-            grad = point.slope(create_graph=False)
+            grad = point.slope(create_graph=False, last=last)
         else:
             known, look = is_classification(criterion), may_look(self, point.x)
             if known:
                 checks.check_labels(point.logits, point.batch.y, look=look)
-            grad = point.slope(lambda logits: point.loss_of(logits, criterion=criterion), create_graph=False)
+            grad = point.slope(lambda logits: point.loss_of(logits, criterion=criterion), create_graph=False, last=last)
         if not point.batch.checked and may_look(self, point.x) and bool(grad.isnan().any()):
             raise RuntimeError(
                 "The gradient is NaN, so that there is nothing to ascend. Look at the model's logits on clean inputs."

@@ -1,25 +1,20 @@
-"""Preflight: a training step is tried before training, on copies: what breaks it, in which module, and what to do.
+"""Preflight: a training step is tried before training, on copies: what breaks it, in which module, and what to do."""
 
-Much that trains without complaint breaks in a step with an input gradient, above all if that is differentiated again.
-Some of it raises in the last backward pass, far from its cause, and some only trains wrongly.
-"""
-
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gradreg import findings as table
+from gradreg.copies import alone
 from gradreg.differentiation import Differentiation, FiniteDifference
 from gradreg.findings import Finding
 from gradreg.objective import PenalizedLoss
 from gradreg.preflight.inspection import inspect, inspect_activations
 from gradreg.preflight.report import PreflightReport
-from gradreg.preflight.step import Step, copying_fails, step_of
-from gradreg.preflight.trial import tried
+from gradreg.preflight.step import Step, step_of
+from gradreg.preflight.trial import guarded, tried
 from gradreg.threat_models import Linf
 from gradreg.wrappers import is_sharded
 
@@ -31,33 +26,30 @@ def preflight(
 ) -> PreflightReport:
     r"""Say whether a training step works, and otherwise name the module and the fix.
 
-    It takes the very step that training will take, ``objective(model, x, y, t).total.backward()``, on copies of model,
-    objective and batch: with the objective's penalties, its ``at``, its differentiation, in the modes that the model is
-    in. So the verdict is what happens, not what a list of known layers says. If the step fails, every node of the
-    autograd graph is traced back to the module that made it. If it runs, its gradients are looked at; and where the
-    model is differentiated twice, that is held against a finite difference in double precision, because some backward
-    passes lose a derivative without an error.
+    It takes the very step that training will take, ``objective(model, x, y, t).total.backward()``, on copies, in the
+    modes that the model is in. So the verdict is what happens, not what a list of known layers says. If the step
+    fails, the nodes of the autograd graph are traced back to the modules that made them. If it runs, its gradients are
+    looked at; and if it takes second derivatives, these are held against finite differences in double precision,
+    because some backward passes lose them without an error.
 
-    If a step with second derivatives fails, the same step is tried with :class:`gradreg.FiniteDifference`. Only if that
-    works, :meth:`PreflightReport.differentiation` returns it. A weight that a schedule has at 0 at t is given its value
-    of another time, so that every term is tried.
+    If second derivatives fail, the same step is tried with :class:`gradreg.FiniteDifference`. Only if that works do
+    the fixes and :meth:`PreflightReport.differentiation` name it. A term whose weight is 0 at t is tried with its
+    weight of another time.
 
-    What is found:
+    What it finds:
 
-    * **of the batch**: token ids, NaN, labels or units that do not fit, x normalised twice, tensors made in inference
-      mode, a loss that is saturated;
-    * **of the model**: no values, no trainable parameter, quantised layers; no way from x to the logits, a step function
-      on it, a weight that is 0; graphs kept from step to step; what raises, NaN;
-    * **of second derivatives**: fused attention, compiled models, checkpoints, operations and backward passes that have
-      none or a wrong one; BatchNorm with batch statistics, and what is not smooth (warnings);
-    * **of distributed training**: ``static_graph=True``, FSDP (which is not run), SyncBatchNorm;
-    * **of the objective**: whatever criterion, attack or penalties raise, and a penalty that moves no parameter.
+    * of the **batch**: token ids, NaN, labels and units that do not fit, a saturated loss;
+    * of the **model**: no values, nothing to train, quantised layers; an input that is cut off from the logits, by a
+      step function or by a weight of 0; graphs kept from step to step; whatever raises;
+    * of **second derivatives**: fused attention, compiled models, checkpoints, operations that have none, backward
+      passes that lose them; as warnings, BatchNorm with batch statistics, and what is not smooth;
+    * of **distributed training**: ``static_graph=True``, FSDP (which is not run), SyncBatchNorm;
+    * of the **objective**: what criterion, attack and penalties raise, and penalties that move no parameter.
 
-    No exception leaves it: each becomes a finding. Call it on the model as you will train it, before the first step.
-    Model, batch and random numbers are as before, also when the step fails. A model that cannot be copied is run
-    itself, and put back. What a forward pass writes elsewhere stays: in globals, or in files. It costs a few steps on
-    the batch given, three passes in double precision (ten if something is wrong), memory for copies of the model, and
-    with second derivatives a run of :func:`find_nonsmooth`. DDP communicates nothing in them.
+    No exception leaves it; each becomes a finding. Model, batch and random numbers stay as they are, also if the step
+    fails. A model that cannot be copied is run itself, and put back. What a forward pass writes elsewhere stays: in
+    globals, or in files. It costs a few steps on the batch, up to ten passes in double precision, memory for copies, and
+    a run of :func:`find_nonsmooth`. DDP communicates nothing meanwhile.
 
     Args:
         objective: The objective.
@@ -79,66 +71,57 @@ def preflight(
         warning: 1: ReLU is not smooth: ...
           fix: Train smoothify(model)...
     """
-    if not isinstance(objective, PenalizedLoss) or not isinstance(model, nn.Module):
-        kinds = {"objective": type(objective).__name__, "model": type(model).__name__}
-        return PreflightReport((table.FUNCTION.at(**kinds),))
-    works: Differentiation | None = None
-    found: list[Finding] = []
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            step = step_of(objective, model, x, y, t)
+            found, works = _looked(objective, model, x, y, t)
         except Exception as error:  # x holds no tensor, a schedule raises
-            return PreflightReport((Finding("error", "", str(error)),))
-        found += _all_of(lambda: inspect(step))
-        runs = not any(map(is_sharded, model.modules())) and not _fails(found)
-        if runs:
-            step, copied = _copyable(step)
-            found += copied
-            if not _fails(found):
-                trial, works = _try(step)
-                found += trial
-        if step.twice:
-            runs = runs and not _fails(found)
-            found += _all_of(lambda: inspect_activations(step, runs=runs))
+            found, works = [Finding("error", "", str(error))], None
     return PreflightReport(tuple(sorted(found, key=lambda finding: finding.severity == "warning")), works)
+
+
+def _looked(
+    objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float | None
+) -> tuple[list[Finding], Differentiation | None]:
+    """What is found, and what works."""
+    if not isinstance(objective, PenalizedLoss) or not isinstance(model, nn.Module):
+        return [table.NOT_AN_OBJECTIVE.at(objective=type(objective).__name__, model=type(model).__name__)], None
+    step, works = step_of(objective, model, x, y, t), None
+    found = list(guarded(inspect(step), "warning"))
+    runs = not _fails(found) and not any(map(is_sharded, model.modules()))
+    if runs:
+        try:
+            alone(nn.ModuleList([model, objective]), precise=False)
+            step = replace(step, in_place=any(map(_loses_by_copying, model.modules())))
+        except Exception as error:  # whatever a module's own __deepcopy__ raises
+            found.append(table.UNCOPIED.at(error=error))
+            step = replace(step, in_place=True)
+        trial, works = _try(step)
+        found += trial
+    if step.twice:
+        found += guarded(inspect_activations(step, runs=runs and not _fails(found)), "warning")
+    return found, works
 
 
 def _try(step: Step) -> tuple[list[Finding], Differentiation | None]:
     """What a trial finds, and what works: the step as it is, or with finite differences."""
-    found = _all_of(lambda: tried(step))
-    if not _fails(found):
-        return found, step.objective.differentiation
-    if not step.twice:
+    found = list(guarded(tried(step), "error"))
+    if not _fails(found) or not step.twice:
+        return found, None if _fails(found) else step.objective.differentiation
+    threat = None
+    if not any(getattr(term.penalty, "threat", None) for term in step.objective.terms.values()):
+        low, high = step.inputs.x.detach().aminmax()
+        threat = Linf(float(f"{0.01 * (high - low).item() or 0.01:.2g}"))  # a hundredth of x's range
+    instead = FiniteDifference(threat=threat)
+    if _fails(list(guarded(tried(step.by(instead)), "error"))):
         return found, None
-    low, high = step.inputs.x.detach().aminmax()
-    of_terms = [getattr(term.penalty, "threat", None) for term in step.objective.terms.values()]
-    ball = Linf(float(f"{0.01 * (high - low).item() or 0.01:.2g}"))  # a hundredth of x's range
-    instead = FiniteDifference() if any(of_terms) else FiniteDifference(threat=ball)
-    if _fails(_all_of(lambda: tried(step.by(instead)))):
-        return found, None
-    unit = "" if instead.threat is None else f"threat={instead.threat}"
+    unit = "" if threat is None else f"threat={threat}"
     also = f"Or use differentiation=FiniteDifference({unit}), which was tried and works."
     return [replace(one, fix=f"{one.fix} {also}".strip()) if one.severity == "error" else one for one in found], instead
 
 
-def _copyable(step: Step) -> tuple[Step, list[Finding]]:
-    """The step, which knows whether it can be copied, and what there is to say of that."""
-    error = copying_fails(step.model, step.objective)
-    if error is None:
-        return step, []
-    parallel = any(isinstance(module, DistributedDataParallel) for module in step.model.modules())
-    entry = table.UNCOPIED_PARALLEL if parallel else table.UNCOPIED
-    return replace(step, copies=False), [entry.at(error=error)]
-
-
-def _all_of(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """The findings, and why there are no more of them if preflight itself fails."""
-    found: list[Finding] = []
-    try:
-        found.extend(look())
-    except Exception as error:
-        found.append(table.NOT_LOOKED_AT.at(error=f"{type(error).__name__}: {error}"))
-    return found
+def _loses_by_copying(module: nn.Module) -> bool:
+    """Whether a copy of this module is not what it is: not compiled any more, or with parameters that are no leaves."""
+    return isinstance(module, torch.jit.ScriptModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _fails(found: list[Finding]) -> bool:

@@ -45,17 +45,16 @@ class _Comparison:
         self._step = step
         self._random = torch.Generator().manual_seed(0)
         self._v = self._noise(step.inputs.x)
-        self._weights = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
 
     def wrong(self) -> Finding | None:
         is_derivative = True
         for _ in range(_DIRECTIONS):
             d = [self._noise(weight) * (weight.detach().abs().square().mean().sqrt().double() or 1e-2)
-                 for weight in self._weights]
-            here, exact = self._differentiated(d)
+                 for weight in _trained(self._step)]
+            here, exact = self._at(d, 0.0, slopes=True)
             loss_errors, differences = [], []
             for size in _STEPS:
-                ahead, behind = self._at(d, size), self._at(d, -size)
+                (ahead, _), (behind, _) = self._at(d, size), self._at(d, -size)
                 central = (ahead - behind) / (2 * size)
                 loss_error, error = _relative(central, exact).tolist()
                 if not error > _DIFFER:  # also where both are 0
@@ -67,44 +66,40 @@ class _Comparison:
             is_derivative &= min(loss_errors) < _AGREE
         if is_derivative:
             with self._step.fresh() as step:
-                by_hand = Trace(step).written_by_hand()
-            return WRONG.at(by_hand, found=exact[1].item(), expected=differences[0])
+                return WRONG.at(Trace(step).written_by_hand(), found=exact[1].item(), expected=differences[0])
         return RECOMPUTED if _relative(self._by_forward_mode(), here[1]) > _DIFFER else None
 
-    def _differentiated(self, d: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The values, and their derivatives along d."""
-        with self._fresh() as (point, weights):
-            values = self._values(point, create_graph=True)
-            return values.detach(), torch.stack([_slope(value, weights, d) for value in values])
-
-    def _at(self, d: list[Tensor], size: float) -> Tensor:
-        """The values for weights that many steps along d."""
-        with self._fresh() as (point, weights):
+    def _at(self, d: list[Tensor], size: float, *, slopes: bool = False) -> tuple[Tensor, Tensor]:
+        """The values for weights that many steps along d, and with ``slopes`` their derivatives along d."""
+        with self._fresh() as step:
+            weights = _trained(step)
             with torch.no_grad():
                 for weight, along in zip(weights, d, strict=True):
                     weight.add_(along, alpha=size)
-            return self._values(point, create_graph=False).detach()
-
-    def _values(self, point: Point, *, create_graph: bool) -> Tensor:
-        grad = point.slope(create_graph=create_graph)
-        return torch.stack([point.losses.sum(), (self._v * grad).sum()])
+            point = Point.of(step.batch, step.inputs.x)
+            grad = point.slope(create_graph=slopes)
+            values = torch.stack([point.losses.sum(), (self._v * grad).sum()])
+            derivatives = [_slope(value, weights, d) for value in values] if slopes else list(values)
+            return values.detach(), torch.stack(derivatives).detach()
 
     def _by_forward_mode(self) -> Tensor:
         """F without a backward pass, and so without what that computes again or has been told to do."""
-        with self._fresh() as (point, _), torch.no_grad(), forward_ad.dual_level():
-            batch = point.batch
-            output = batch.inputs.given_to(batch.model, forward_ad.make_dual(point.x.clone(), self._v))
-            return forward_ad.unpack_dual(batch.criterion(batch.read(output), batch.y).sum()).tangent
+        with self._fresh() as step, torch.no_grad(), forward_ad.dual_level():
+            batch = step.batch
+            output = batch.inputs.given_to(step.model, forward_ad.make_dual(batch.inputs.x.clone(), self._v))
+            return forward_ad.unpack_dual(batch.criterion(batch.read(output), step.y).sum()).tangent
 
     @contextmanager
-    def _fresh(self) -> Iterator[tuple[Point, list[Tensor]]]:
-        """The point and the weights to move, the same each time, and without compiling."""
+    def _fresh(self) -> Iterator[Step]:
         with self._step.fresh(precise=True) as step, torch.compiler.set_stance("force_eager"):
-            weights = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-            yield Point.of(step.batch, step.inputs.x), weights
+            yield step
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, dtype=torch.float64, generator=self._random).to(like.device)
+
+
+def _trained(step: Step) -> list[Tensor]:
+    return [parameter for parameter in step.model.parameters() if parameter.requires_grad]
 
 
 def _slope(value: Tensor, weights: list[Tensor], d: list[Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ class PreflightReport:
 
     Attributes:
         findings: The findings.
-        works: The differentiation with which the step was tried and works, if there is one: the objective's own, or
-            finite differences instead of second derivatives.
+        works: The differentiation with which the step was tried and works: the objective's own, or finite differences
+            instead of second derivatives. None if nothing that was tried works.
     """
 
     findings: tuple[Finding, ...]
@@ -32,10 +32,7 @@ class PreflightReport:
         return not self.errors
 
     def differentiation(self) -> Differentiation:
-        """What to give :class:`gradreg.PenalizedLoss`: the objective's own where that works, else finite differences.
-
-        A transformer keeps its fused attention so, and a compiled model stays compiled. Warnings are not weighed: a
-        network of ReLUs can be differentiated twice, to little use.
+        """What to give :class:`gradreg.PenalizedLoss`: :attr:`works`. Warnings are not weighed.
 
         Raises:
             RuntimeError: If nothing that was tried works; it holds the whole report.

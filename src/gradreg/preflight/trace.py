@@ -1,16 +1,14 @@
 """Who made which node of an autograd graph: a forward pass traced by hooks at the modules' entries and exits."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from gradreg.findings import CRITERION
 from gradreg.graphs import Node, new_nodes
@@ -23,14 +21,13 @@ REENTRANT = "CheckpointFunctionBackward"
 COMPILED = "CompiledFunction"
 
 
-@dataclass
-class _Call:
-    """One call of a module: where its tensors hang in the autograd graph, and whether they were finite."""
+class _Call(NamedTuple):
+    """A call of a module: where its tensors hang in the autograd graph, and whether they were finite."""
 
     name: str
     inputs: list[GradientEdge]
-    finite_in: bool
-    outputs: list[GradientEdge] = field(default_factory=list)
+    finite_in: bool = True
+    outputs: list[GradientEdge] = []
     finite_out: bool = True
 
 
@@ -57,21 +54,26 @@ class Trace:
         self._calls: list[_Call] = []  # finished ones, innermost first
         self._open: list[_Call] = []
         self._owners: dict[Node, str] = {}
-        batch = step.batch
-        leaf = batch.inputs.x.detach().requires_grad_()
+        leaf = step.inputs.x.detach().requires_grad_()
         self._source = get_gradient_edge(leaf)
-        with self._hooked(step.model):
-            output = batch.inputs.given_to(step.model, leaf.clone())
+        # TorchScript takes no hooks, and torch.compile would compile them with the module.
+        whole = {inner for outer in step.model.modules() if is_compiled(outer) for inner in outer.modules()}
+        with ExitStack() as hooks:
+            for name, module in step.model.named_modules():
+                if not (isinstance(module, torch.jit.ScriptModule) or module in whole):
+                    before, after = partial(self._enter, name), partial(self._leave, name)
+                    hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+                    hooks.enter_context(module.register_forward_hook(after, with_kwargs=True))
+            output = step.inputs.given_to(step.model, leaf.clone())
         self._claim(tensors_in(output), "")
-        self.logits = batch.read(output)
-        self.losses = batch.criterion(self.logits, step.y)
+        self.logits = step.batch.read(output)
+        self.losses = step.objective.criterion(self.logits, step.y)
         self._claim([self.losses], CRITERION)
 
-    @property
-    def depends_on_x(self) -> bool:
-        """Whether a graph leads from the logits to the input."""
-        graph = new_nodes([tensor.grad_fn for tensor in tensors_in(self.logits)], ())
-        return self._source.node in graph
+    def depends_on_x(self, edges: Iterable[GradientEdge] | None = None) -> bool:
+        """Whether a graph leads from the logits, or from other edges, to the input."""
+        edges = _edges(tensors_in(self.logits)) if edges is None else edges
+        return self._source.node in new_nodes([edge.node for edge in edges], ())
 
     def gradient(self) -> tuple[Tensor, bool]:
         """The input gradient of the losses, and whether they have one with respect to the logits that is not 0."""
@@ -81,22 +83,7 @@ class Trace:
 
     def where_graph_ends(self) -> str:
         """The first module whose input hangs on x and whose output does not."""
-        edges = [edge.node for call in self._calls for edge in (*call.inputs, *call.outputs)]
-        users: dict[Node, list[Node]] = {}
-        for node in new_nodes(edges, ()):
-            for used, _ in node.next_functions:
-                users.setdefault(used, []).append(node)
-        dependent, pending = set(), [self._source.node]
-        while pending:
-            node = pending.pop()
-            if node not in dependent:
-                dependent.add(node)
-                pending.extend(users.get(node, ()))
-
-        def depends(edges: list[GradientEdge]) -> bool:
-            return any(edge.node in dependent for edge in edges)
-
-        return self._first(lambda call: depends(call.inputs) and not depends(call.outputs))
+        return self._first(lambda call: self.depends_on_x(call.inputs) and not self.depends_on_x(call.outputs))
 
     def where_not_finite(self) -> str:
         """The first module with a finite input and an output that is not, or the criterion; for a trace that looks."""
@@ -111,17 +98,14 @@ class Trace:
         return self._first(lambda call: whole.isdisjoint(call.inputs) and not whole.isdisjoint(call.outputs))
 
     def undifferentiable(self, *, twice: bool) -> dict[str, list[str]]:
-        """The kinds of nodes that cannot be differentiated as often as they have to be, and the modules that made them.
+        """The kinds of nodes that cannot be differentiated, once or twice, and the modules that made them.
 
         The first backward pass is watched: among the nodes that it builds for the second one are the barriers. If
         the first one raises already, the node that started last is at fault.
-
-        Args:
-            twice: Whether there is a second one.
         """
         found: dict[str, set[str]] = {}
         known = set(self._owners)
-        started = []
+        started: list[Node] = []
 
         def start(node: Node, grad_outputs: object) -> None:
             started.append(node)
@@ -132,20 +116,16 @@ class Trace:
             if any(new.name() in _BARRIERS for new in built):
                 found.setdefault(node.name(), set()).add(self._owners[node])
 
-        only_once = (*_BARRIERS, REENTRANT, *([COMPILED] if twice else []))
-        handles = []
-        for node, owner in self._owners.items():
-            if node.name().startswith(only_once):
-                found.setdefault(node.name(), set()).add(owner)
-            handles += [node.register_prehook(partial(start, node)), node.register_hook(partial(finish, node))]
-        try:
+        with ExitStack() as hooks, suppress(RuntimeError):
+            for node, owner in self._owners.items():
+                if node.name().startswith((*_BARRIERS, REENTRANT, *([COMPILED] if twice else []))):
+                    found.setdefault(node.name(), set()).add(owner)
+                hooks.callback(node.register_prehook(partial(start, node)).remove)
+                hooks.callback(node.register_hook(partial(finish, node)).remove)
             torch.autograd.grad(self.losses.sum(), self._source, create_graph=twice)
-        except RuntimeError:
-            if not found and started:
-                found[started[-1].name()] = {self._owners[started[-1]]}
-        finally:
-            for handle in handles:
-                handle.remove()
+            started.clear()
+        if not found and started:
+            found[started[-1].name()] = {self._owners[started[-1]]}
         order = list(dict.fromkeys(self._owners.values()))
         return {operation: sorted(owners, key=order.index) for operation, owners in found.items()}
 
@@ -160,21 +140,6 @@ class Trace:
     def _first(self, condition: Callable[[_Call], bool]) -> str:
         return next((call.name for call in self._calls if condition(call)), "")
 
-    @contextmanager
-    def _hooked(self, model: nn.Module) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-        # TorchScript takes no hooks, and torch.compile would compile them with the module.
-        whole = {inner for outer in model.modules() if is_compiled(outer) for inner in outer.modules()}
-        try:
-            for name, module in model.named_modules():
-                if not (isinstance(module, torch.jit.ScriptModule) or module in whole):
-                    handles.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
-                    handles.append(module.register_forward_hook(partial(self._leave, name), with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _enter(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
         tensors = list(tensors_in([args, kwargs]))
         self._claim(tensors, self._open[-1].name if self._open else "")
@@ -183,9 +148,7 @@ class Trace:
     def _leave(self, name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         tensors = list(tensors_in(output))
         self._claim(tensors, name)
-        call = self._open.pop()
-        call.outputs, call.finite_out = _edges(tensors), self._finite(tensors)
-        self._calls.append(call)
+        self._calls.append(self._open.pop()._replace(outputs=_edges(tensors), finite_out=self._finite(tensors)))
 
     def _finite(self, tensors: Iterable[Tensor]) -> bool:
         return not self._look or all(map(all_finite, tensors))

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from gradreg.graphs import Node
-from gradreg.second_derivatives.engine import Gradients, asked_for, will_run
+from gradreg.second_derivatives.engine import Gradients, asked_for
+from gradreg.second_derivatives.entrance import Way
 
 _aten = torch.ops.aten
 Mask = tuple[bool, bool, bool]
@@ -149,21 +149,20 @@ class Affine(Function):
     """An affine layer, as a function of x, weight and bias.
 
     Args:
-        accumulator: Where nothing but the objective's own leaf is behind x, the node that would accumulate its
-            gradient.
+        way: Where nothing but the objective's own leaf is behind x, the way from there.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         layer: AffineLayer,
-        accumulator: Node | None,
+        way: Way | None,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         *statistics: Tensor,
     ) -> Tensor:
-        ctx.layer, ctx.accumulator = layer, accumulator
+        ctx.layer, ctx.way = layer, way
         ctx.save_for_backward(x, weight, *statistics)
         return layer.value(x, weight, bias, *statistics)
 
@@ -171,9 +170,7 @@ class Affine(Function):
     def backward(ctx: Any, output_gradient: Tensor) -> Any:
         x, weight, *statistics = ctx.saved_tensors
         to_x, to_weight, to_bias = asked_for(ctx)[2:5]
-        if ctx.accumulator is not None and will_run(ctx.accumulator, by_name=False):
-            # A pass into all leaves. The objective has taken the gradient of its own by name, and reads no other; on
-            # a first layer, which has the largest images and needs none in a natural step, it is the dearest of all.
+        if ctx.way is not None and ctx.way.is_idle(ctx):
             to_x = False
         input_gradient = None
         if to_x and torch.is_grad_enabled():

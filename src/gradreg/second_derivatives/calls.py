@@ -1,6 +1,7 @@
 """The function mode that exchanges calls of layers, and which calls it exchanges.
 
-The functions below have the signatures of PyTorch's, after the leaf, and return None for what is left to it.
+The functions below have the signatures of PyTorch's, after the entrance of the model, and return None for what is left
+to PyTorch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +14,11 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from gradreg.gradients import in_transform
-from gradreg.graphs import Node
 from gradreg.second_derivatives.activations import GELU, Activated, SiLU, TanhGELU
 from gradreg.second_derivatives.affine import Affine, Convolution, FixedNormalization, Linear
+from gradreg.second_derivatives.entrance import Entrance
 from gradreg.second_derivatives.layer_norm import LayerNorm
 
-_FEW = 16  # operations between the input and a first layer
 # A function written in Python costs some 20 microseconds in each of the four passes. With fewer elements, or fewer
 # products of a convolution, that is more than it saves (measured on a CPU: `docs/double-backward.md`).
 _LEAST_ELEMENTS = 2**16
@@ -35,12 +35,13 @@ class ExchangedCalls(TorchFunctionMode):
 
     Args:
         leaf: The tensor whose gradient is taken, which nobody else has.
-        exchanged: For a function of PyTorch, the one that is called in its place, with the leaf before its arguments.
+        exchanged: For a function of PyTorch, the one that is called in its place, with the entrance of the model before
+            its arguments.
     """
 
     def __init__(self, leaf: Tensor, exchanged: Mapping[Callable[..., Any], Callable[..., Tensor | None]]) -> None:
         super().__init__()
-        self._leaf = leaf
+        self._entrance = Entrance(leaf)
         self._exchanged = exchanged
 
     def __torch_function__(
@@ -51,9 +52,13 @@ class ExchangedCalls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():  # a compiler, which runs this, too, cannot follow weak references
+            self._entrance.see(args)
+            if kwargs:
+                self._entrance.see(kwargs.values())
         call = self._exchanged.get(func)
         if call is not None:
-            result = call(self._leaf, *args, **kwargs)
+            result = call(self._entrance, *args, **kwargs)
             if result is not None:
                 return result
         return func(*args, **kwargs)
@@ -72,7 +77,7 @@ class FirstDerivatives(ExchangedCalls):
     """For layers that are differentiated once: convolutions of an image, whose input gradient is slow on a CPU."""
 
     def __init__(self, leaf: Tensor) -> None:
-        super().__init__(leaf, {F.conv2d: _stem})
+        super().__init__(leaf, {F.conv2d: _stem, Tensor.register_hook: _register_hook})
 
 
 def _may_replace() -> bool:
@@ -124,21 +129,9 @@ def _convolution_pays(layer: Convolution, x: Tensor, weight: Tensor) -> bool:
     return products >= _LEAST_PRODUCTS
 
 
-def _stem(leaf: Tensor, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def _stem(entrance: Entrance, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     few = isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[1] <= Convolution.FEW_CHANNELS
-    return _conv2d(leaf, input, weight, *args, only_stems=True, **kwargs) if few else None
-
-
-def _accumulator(x: Tensor, leaf: Tensor) -> Node | None:
-    """The node of the leaf's gradient, if nothing else is behind x than a few operations such as a normalisation."""
-    nodes, accumulators = [x.grad_fn], []
-    for node in nodes:  # which grows meanwhile
-        if node is None or len(nodes) > _FEW:
-            return None
-        before = [used for used, _ in node.next_functions if used is not None]
-        nodes += [used for used in before if used not in nodes]
-        accumulators += [] if before else [node]
-    return accumulators[0] if len(accumulators) == 1 and getattr(accumulators[0], "variable", None) is leaf else None
+    return _conv2d(entrance, input, weight, *args, only_stems=True, **kwargs) if few else None
 
 
 def _under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -160,7 +153,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _conv2d(
-    leaf: Tensor,
+    entrance: Entrance,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -178,23 +171,23 @@ def _conv2d(
         return None
     if not _suits(input, weight, bias):
         return None
-    return Affine.apply(layer, _accumulator(input, leaf), *_under_autocast(input, weight, bias))
+    return Affine.apply(layer, entrance.way_to(input), *_under_autocast(input, weight, bias))
 
 
-def _linear(leaf: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def _linear(entrance: Entrance, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     # PyTorch's second derivative is as good. Only the input gradient of a first layer is one too many.
     if not isinstance(input, Tensor) or weight.ndim != 2 or input.numel() * len(weight) < _LEAST_PRODUCTS:
         return None
     if not _suits(input, weight, bias):
         return None
-    accumulator = _accumulator(input, leaf)
-    if accumulator is None:
+    way = entrance.way_to(input)
+    if way is None:
         return None
-    return Affine.apply(Linear(), accumulator, *_under_autocast(input, weight, bias))
+    return Affine.apply(Linear(), way, *_under_autocast(input, weight, bias))
 
 
 def _batch_norm(
-    leaf: Tensor,
+    entrance: Entrance,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -208,13 +201,11 @@ def _batch_norm(
         return None
     if not _suits(input, running_mean, running_var, weight, bias):
         return None
-    return Affine.apply(
-        FixedNormalization(eps), _accumulator(input, leaf), input, weight, bias, running_mean, running_var
-    )
+    return Affine.apply(FixedNormalization(eps), entrance.way_to(input), input, weight, bias, running_mean, running_var)
 
 
 def _layer_norm(
-    leaf: Tensor,
+    entrance: Entrance,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -229,17 +220,23 @@ def _layer_norm(
     return LayerNorm.apply(tuple(normalized_shape), eps, input, weight, bias)
 
 
-def _gelu(leaf: Tensor, input: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor | None:
+def _gelu(entrance: Entrance, input: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor | None:
     if not _is_large(input) or not _suits(input):
         return None
     return Activated.apply(TanhGELU() if approximate == "tanh" else GELU(), input)
 
 
-def _silu(leaf: Tensor, input: Tensor, inplace: bool = False) -> Tensor | None:
+def _silu(entrance: Entrance, input: Tensor, inplace: bool = False) -> Tensor | None:
     return Activated.apply(SiLU(), input) if not inplace and _is_large(input) and _suits(input) else None
 
 
+def _register_hook(entrance: Entrance, tensor: Tensor, *hook: Any, **named: Any) -> None:
+    if not torch.compiler.is_compiling():
+        entrance.see_hook(tensor)
+
+
 _DIFFERENTIATED_TWICE: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    Tensor.register_hook: _register_hook,
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.batch_norm: _batch_norm,

@@ -29,6 +29,22 @@ def will_run(node: Node, *, by_name: bool) -> bool:
         return by_name
 
 
+def has_hooks(node: Node) -> bool:
+    """Whether hooks act on a node: ``register_hook``, ``register_prehook``. Those on its tensors are not among them."""
+    # All hooks of a node are in a dictionary, to which nothing leads but the handle of one of them.
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(_no_hook)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return True
+    return False
+
+
+def _no_hook(*_: Any) -> None:
+    return
+
+
 def composed(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], v: Tensor) -> list[Tensor | None]:
     """PyTorch's own gradients of <v, function(inputs)>, which can be differentiated again."""
     # Of aliases: one of the inputs may have been computed from another one.
