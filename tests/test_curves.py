@@ -401,11 +401,12 @@ class TestFiles:
         with pytest.raises(KeyboardInterrupt):
             accuracy_curve(model, loader(2), attack, SHORT, state=state, progress=False)
         run, attacked = PGDAttack.__call__, []
-        monkeypatch.setattr(
-            PGDAttack,
-            "__call__",
-            lambda self, model, x, *args, **options: (attacked.append(len(x)), run(self, model, x, *args, **options))[1],
-        )
+
+        def watched(attack: PGDAttack, model: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+            attacked.append(len(x))
+            return run(attack, model, x, *args, **options)
+
+        monkeypatch.setattr(PGDAttack, "__call__", watched)
         resumed = accuracy_curve(model, loader(9), attack, SHORT, state=state, progress=False)
         assert (resumed.samples, resumed.distances) == (expected.samples, expected.distances)
         assert attacked[0] == 5  # of the third batch, in which two are misclassified

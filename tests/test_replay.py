@@ -215,9 +215,7 @@ def _state(module: nn.Module) -> list[Any]:
     return found
 
 
-def _by_hand(
-    net: nn.Module, x: Tensor, y: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
-) -> list[Tensor]:
+def _by_hand(net: nn.Module, x: Tensor, y: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
     """The gradient of the objective by two passes from one state, the second on a copy."""
     twin = alone(net, precise=False)
     twin.load_state_dict(net.state_dict())
@@ -291,7 +289,9 @@ def test_a_criterion_draws_the_same_numbers_too(name: str) -> None:
     assert relative_error(_gradient(objective, net, x, y), expected) < 1e-12
 
 
-@pytest.mark.parametrize("at", [NFGSM(Linf(EPS), share=0.5), PGDAttack(Linf(EPS), steps=2, best=False), Noise(Linf(EPS))])
+@pytest.mark.parametrize(
+    "at", [NFGSM(Linf(EPS), share=0.5), PGDAttack(Linf(EPS), steps=2, best=False), Noise(Linf(EPS))]
+)
 @pytest.mark.parametrize("name", BETWEEN)
 def test_an_attack_moves_nothing_and_the_step_moves_it_once(name: str, at: Any) -> None:
     """What is kept afterwards is what one pass over the mixed batch, from the state before, would have left."""
@@ -331,7 +331,7 @@ def test_an_exception_leaves_the_modules_as_they_were() -> None:
     point = Point(net, cross_entropy, x, y)
     _ = point.logits
     state = _state(net)
-    with pytest.raises(RuntimeError, match="shapes|size"):
+    with pytest.raises(RuntimeError, match="shapes"):
         _ = point.at(torch.zeros(6, 3, dtype=torch.float64)).logits
     assert _state(net) == state
 

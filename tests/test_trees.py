@@ -83,7 +83,8 @@ class TestInputs:
         assert given["attention_mask"] is mask
 
     @pytest.mark.parametrize(
-        ("whole", "name"), [((torch.tensor([1]),), None), ({"a": torch.rand(2)}, "b"), ((torch.rand(2), 3), 1), ("x", None)]
+        ("whole", "name"),
+        [((torch.tensor([1]),), None), ({"a": torch.rand(2)}, "b"), ((torch.rand(2), 3), 1), ("x", None)],
     )
     def test_without_a_tensor_to_perturb(self, whole: Any, name: str | int | None) -> None:
         with pytest.raises(TypeError, match="perturb"):
@@ -265,7 +266,9 @@ def test_labels_are_checked_only_where_the_criterion_is_known() -> None:
         if criterion is not F.cross_entropy:
             with pytest.raises(ValueError, match="-100"):
                 PenalizedLoss(criterion, TERMS)(model, (x, metadata), wrong)
-    out = PenalizedLoss(lambda logits, y: F.cross_entropy(logits, y, reduction="none"), TERMS)(model, (x, metadata), wrong)
+    out = PenalizedLoss(lambda logits, y: F.cross_entropy(logits, y, reduction="none"), TERMS)(
+        model, (x, metadata), wrong
+    )
     assert torch.isfinite(out.total)
 
 

@@ -18,11 +18,21 @@ import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradreg import PreflightReport, find_nonsmooth, preflight, smoothify
+from gradreg import (
+    GradNormPenalty,
+    Linf,
+    PenalizedLoss,
+    PreflightReport,
+    Term,
+    find_nonsmooth,
+    preflight,
+    smoothify,
+)
 
 LIBRARIES = ", ".join(f"{lib.__name__} {lib.__version__.split('+')[0]}" for lib in (torch, torchvision, timm))
 PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
 CLASSES = 10
+THESIS = PenalizedLoss(terms={"grad_norm": Term(GradNormPenalty(Linf(4 / 255)), 1.2)}, loss_weight=0.8)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Member:
         library: ``"timm"`` or ``"torchvision"``.
         name: Its name there.
         image: Height and width of its images.
-        options: What it is built with, beside ten classes; no more than is needed for small images, or a small model.
+        options: What it is built with, besides ten classes; no more than is needed for small images, or a small model.
     """
 
     library: str
@@ -188,17 +198,6 @@ def logits_of(output: object) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
 
 
-class LogitsOnly(nn.Module):
-    """A model without its auxiliary logits: the fix for one that returns several tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x))
-
-
 def smoothified(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The smooth model and what was replaced by what; the model itself if there is nothing to replace."""
     try:
@@ -216,7 +215,6 @@ def verdict(report: PreflightReport) -> str:
         "fused attention": "math attention",
         "Hardsigmoid": "smoothify",
         "kept": "train mode",
-        "The model returned": "logits only",
     }
     needs = [next(word for text, word in words.items() if text in error.problem) for error in report.errors]
     return "works" if report.ok else ", ".join(dict.fromkeys(needs))
@@ -234,7 +232,7 @@ def row(member: Member) -> str:
     left = [found.kind for found in find_nonsmooth(smooth)]
     met = [found.kind for found in find_nonsmooth(smooth, x) if found.share]
     cells = [member.library, member.name, counted(replaced), counted(left), counted(met)]
-    cells += [verdict(preflight(model, x, y)), verdict(preflight(smooth, x, y))]
+    cells += [verdict(preflight(THESIS, each, x, y)) for each in (model, smooth)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -245,10 +243,10 @@ One small model of each family, built without weights and run on two random imag
 
 * **replaced**: the exchanges that `smoothify(model)` makes; a dash where nothing has to be replaced.
 * **left in the code**: what `find_nonsmooth(smooth)` still reads in the code of the smooth model.
-* **met**: what of that, or beside it, `find_nonsmooth(smooth, x)` meets between two inputs.
+* **met**: what of that, or besides, `find_nonsmooth(smooth, x)` meets between two inputs.
 * **exact penalty**: the verdict of `preflight` on the model, before and after `smoothify`. *Math attention*: run the
   forward pass under `sdpa_kernel(SDPBackend.MATH)`, or set `fused_attn = False` in timm. *Smoothify*: hard gates have
-  no second derivative. *Logits only*: a model that returns auxiliary logits has to be wrapped.
+  no second derivative.
 
 {summary}
 
@@ -269,7 +267,7 @@ def summary(rows: list[str]) -> str:
         f"Of {len(cells)} models, {replaced} have activations to replace. After that, a run still meets something in "
         f"{len(met)}, and in {pools} of these it is a max pooling.\nThe exact penalty works as it is on "
         f"{before['works']}, after `smoothify` on {after['works']}, and with math attention on "
-        f"{after['works'] + after['math attention']}; the others return auxiliary logits."
+        f"{after['works'] + after['math attention']}."
     )
 
 

@@ -103,8 +103,8 @@ def check_labels(logits: Any, y: Any, *, look: bool) -> None:
         check_logits(logits)
     if not isinstance(y, Tensor):
         raise TypeError(
-            f"The criterion takes classes or class probabilities, and y is a {type(y).__name__}. A criterion of your own "
-            "takes any y, such as lambda logits, y: y[2] * cross_entropy(logits, y[0]) + (1 - y[2]) * "
+            f"The criterion takes classes or class probabilities, and y is a {type(y).__name__}. A criterion of your "
+            "own takes any y, such as lambda logits, y: y[2] * cross_entropy(logits, y[0]) + (1 - y[2]) * "
             "cross_entropy(logits, y[1]) for mixup."
         )
     if logits.ndim != 2:
@@ -128,8 +128,8 @@ def check_labels(logits: Any, y: Any, *, look: bool) -> None:
         low, high = y.aminmax()
         if low < 0 or high >= classes:
             raise ValueError(
-                f"Labels run from {int(low)} to {int(high)}, but the model has {classes} classes, 0 to {classes - 1}. A sample "
-                "to be ignored (label -100) has no gradient and cannot be penalised or attacked: leave it out of the "
+                f"Labels run from {int(low)} to {int(high)}, but the model has {classes} classes, 0 to {classes - 1}. A "
+                "sample to be ignored (label -100) has no gradient and cannot be penalised or attacked: leave it out of the "
                 "batch."
             )
 
@@ -174,8 +174,8 @@ def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> Non
                 check_radius(threat.eps, span)  # which raises
             elif span is None and highest > 16 and eps.max().item() < 1:
                 warn(
-                    f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / 255, "
-                    "or Linf(255 * eps)."
+                    f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / "
+                    "255, or Linf(255 * eps)."
                 )
 
 

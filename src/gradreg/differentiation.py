@@ -24,6 +24,7 @@ from gradreg.threat_models import ThreatModel
 from gradreg.wrappers import is_compiled
 
 Around = Callable[[Tensor], AbstractContextManager[object]]
+NOTHING: Around = nullcontext
 Point = Any  # gradreg.Point, which stands in a higher layer
 
 
@@ -118,8 +119,8 @@ class FiniteDifference(Differentiation):
               D = \frac{s(x + h u) - s(x - h u)}{2h} \;\text{(central)}
 
     with :math:`u = \partial L / \partial g` the derivative of the total L with respect to the input gradient, held
-    fixed, and h, for each sample, such that :math:`h u` has the size ``step`` in units of the threat model. The error is
-    of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes over, and in
+    fixed, and h, for each sample, such that :math:`h u` has the size ``step`` in units of the threat model. The error
+    is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes over, and in
     bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` :math:`h u` is ``step`` times the
     maximiser, so that ``step=1`` looks where FGSM looks (in ``bounds`` too, unless no coordinate has room for eps).
 
@@ -202,7 +203,8 @@ class FiniteDifference(Differentiation):
             requests.taken, requests.offsets = [], offsets
             return total_of_terms()
 
-        total, pull_back = torch.func.vjp(total_with, [torch.zeros_like(grad) for grad in grads])
+        pulled: Any = torch.func.vjp(total_with, [torch.zeros_like(grad) for grad in grads])
+        total, pull_back = pulled
         requests.taken, requests.offsets = [], []
         return pull_back(torch.ones_like(total))[0]
 

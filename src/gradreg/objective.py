@@ -18,6 +18,7 @@ from gradreg.gradients import in_transform
 from gradreg.point import Batch, Model, Parts, Point
 from gradreg.replay import EagerReplay, TransformedReplay
 from gradreg.schedules import Schedule
+from gradreg.selectors import ClassSelector
 from gradreg.trees import Inputs, usable
 
 
@@ -195,16 +196,16 @@ class PenalizedLoss(nn.Module):
             RuntimeError: If nothing could be trained: grad is disabled, all parameters are frozen, x carries a graph,
                 or the model is wrapped in a way that makes double backward wrong (each message names the fix).
         """
-        transformed, moves = in_transform(), self.at is not None
+        transformed, at = in_transform(), self.at
         loss_weight = self.loss_weight if not callable(self.loss_weight) else _scheduled(self.loss_weight, t)
         weights = {}
         for name, term in self.terms.items():
             if (weight := term.weight_at(t)) > 0:
                 weights[name] = weight
         batch = self._batch_of(model, x, y, classes, weights, transformed)
-        point = Point.of(batch, batch.inputs.x, differentiable=moves or bool(weights), counts=not moves)
-        where = self.at.move(point, differentiable=bool(weights)) if moves else point
-        if moves and point.known:  # what an attack has computed at the clean input is not needed any more
+        point = Point.of(batch, batch.inputs.x, differentiable=bool(at or weights), counts=at is None)
+        where = point if at is None else at.move(point, differentiable=bool(weights))
+        if point is not where and point.known:  # what an attack has computed at the clean input is not needed any more
             point.release()
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
         loss, penalties = where.losses.mean(), {}
@@ -236,10 +237,13 @@ class PenalizedLoss(nn.Module):
         checks.check_input(inputs.x)
         how = self.differentiation if weights else InputOnly()
         repeats = transformed or self.at is not None or self.fraction < 1 or how.looks_elsewhere
-        unit, places = None, [self.at]
+        unit, places = None, list[object]([self.at])
         for name in weights:
             penalty = self.terms[name].penalty
-            unit, repeats = unit or getattr(penalty, "threat", None), repeats or getattr(penalty, "looks_elsewhere", True)
+            unit, repeats = (
+                unit or getattr(penalty, "threat", None),
+                repeats or getattr(penalty, "looks_elsewhere", True),
+            )
             places.append(penalty)
         if not transformed:
             if inputs.x.grad_fn is not None:
@@ -254,7 +258,7 @@ class PenalizedLoss(nn.Module):
             if look:
                 checks.check_units(inputs.x, places, normalized=met is not None and met.normalizes)
         replay = (TransformedReplay if transformed else EagerReplay)(model, inputs.x.device) if repeats else None
-        known = [] if classes is None else [(None, classes)]
+        known: list[tuple[ClassSelector | None, Tensor]] = [] if classes is None else [(None, classes)]
         return Batch(
             model, self.criterion, inputs, y, how, self.output, self._of_classes, self.inner_scale,
             look=look, checked=True, met=met, replay=replay, requests=Requests(unit), classes=known,
@@ -327,7 +331,9 @@ def _check_settings(
     if wrong:
         raise TypeError(f"PenalizedLoss: terms are Term(penalty, weight), got {wrong}.")
     if not isinstance(at, Attack | None):
-        raise TypeError(f"PenalizedLoss: at is an attack or Noise, such as NFGSM(Linf(8 / 255), share=0.5); got {at!r}.")
+        raise TypeError(
+            f"PenalizedLoss: at is an attack or Noise, such as NFGSM(Linf(8 / 255), share=0.5); got {at!r}."
+        )
     if not isinstance(differentiation, Differentiation | None):
         raise TypeError(
             f"PenalizedLoss: differentiation is DoubleBackward() or FiniteDifference(0.25), got {differentiation!r}."

@@ -122,7 +122,7 @@ class GradNormPenalty(Penalty):
     r"""The dual norm of the input gradient, :math:`\|\varepsilon \nabla_{x_b} s_b\|_q`: see :func:`grad_norm`.
 
     Of the loss, a weight of 1 has a meaning: loss plus penalty is then the worst loss inside the threat model, to first
-    order. The thesis weighs the loss by 0.8 and the penalty by 1.2 at :math:`\varepsilon = 4/255`. It needs a model with
+    order. The thesis weighs the loss by 0.8, the penalty by 1.2, at :math:`\varepsilon = 4/255`. It needs a model with
     smooth activations (:func:`gradreg.smoothify`): the input gradient of a piecewise linear model has a derivative of 0
     with respect to every bias almost everywhere, and the penalty collapses (section 4.3 there).
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradreg import checks
-from gradreg.criteria import Criterion, cross_entropy, is_classification
-from gradreg.differentiation import Differentiation, DoubleBackward, Requests
+from gradreg.criteria import Criterion, is_classification
+from gradreg.differentiation import NOTHING, Differentiation, DoubleBackward, Requests
 from gradreg.gradients import check_scores, in_transform, input_gradient
 from gradreg.replay import EagerReplay, Replay, TransformedReplay, without_random_numbers
 from gradreg.selectors import ClassSelector, class_scores
@@ -214,7 +214,7 @@ class Point:
             return criterion(logits, labels)
 
     def slope(self, of: ScoreOf = None, *, create_graph: bool, last: bool = False) -> Tensor:
-        """The input gradient of a score as autograd has it: with a graph, or without; after the ``last`` none is left."""
+        """The input gradient of a score as autograd has it, with a graph or without; the ``last`` one frees the rest."""
         for known, has_graph, grad in self._slopes:
             if known == of and has_graph >= create_graph:
                 return grad
@@ -243,8 +243,9 @@ class Point:
         grad = point.slope(create_graph=True)
         if not grad.requires_grad:  # a loss linear in x
             return torch.zeros_like(direction)
-        total, options = (grad * direction).sum(), {"allow_unused": True, "materialize_grads": True}
-        return torch.autograd.grad(total, point._leaf, create_graph=how.second_order, retain_graph=True, **options)[0]
+        along = (grad * direction).sum()
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        return torch.autograd.grad(along, [point._leaf], create_graph=how.second_order, **options)[0]
 
     def release(self) -> None:
         """Free all graphs; what stays known is the logits, as a constant."""
@@ -259,7 +260,7 @@ class Point:
 
     def _run(self) -> Any:
         """The forward pass, through a leaf if input gradients will be asked for."""
-        leaf, around = self.x.detach(), nullcontext
+        leaf, around = self.x.detach(), NOTHING
         if self.differentiable:
             leaf.requires_grad_()
             around = self.batch.differentiation.around(self.batch.model, leaf)
@@ -271,9 +272,9 @@ class Point:
 
     def _call(self, z: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """The logits at z; and the buffers that have moved, as far as the model does not have them yet."""
-        batch = self.batch
+        batch, moved = self.batch, dict[str, Tensor]()
         if batch.replay is None:
-            output, moved = batch.inputs.given_to(batch.model, z), {}
+            output = batch.inputs.given_to(batch.model, z)
         else:
             output, moved = batch.replay.call(batch.inputs, z, counts=self.counts)
         return output if isinstance(output, Tensor) and batch.output is None else batch.read(output), moved
@@ -308,8 +309,9 @@ class _TransformedPoint(Point):
     """A point inside a ``torch.func`` transform or a compiled region, where no leaf may be made."""
 
     def _run(self) -> Any:
-        logits, self._pull_back, moved = torch.func.vjp(lambda z: self._call(z.clone()), self.x, has_aux=True)
-        if moved:
+        result: Any = torch.func.vjp(lambda z: self._call(z.clone()), self.x, has_aux=True)
+        logits, self._pull_back, moved = result
+        if self.batch.replay is not None:
             self.batch.replay.take_over(moved)
         return logits
 

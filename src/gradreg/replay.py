@@ -230,6 +230,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """
     if id(value) in memo:
         return memo[id(value)][1]
+    result: Any = value
     if isinstance(value, Tensor):
         result = value if value.requires_grad else value.detach().clone()
         if isinstance(value, nn.Parameter) and result is not value:

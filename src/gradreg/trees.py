@@ -46,8 +46,8 @@ class Inputs:
         found = entries.get(self._name)
         if not isinstance(found, Tensor):
             raise TypeError(
-                f"x is a {type(whole).__name__} with {list(entries)}; expected a tensor, or a tuple or mapping in which "
-                f"perturb={name!r} names one. The order of arguments is (model, x, y)."
+                f"x is a {type(whole).__name__} with {list(entries)}; expected a tensor, or a tuple or mapping in "
+                f"which perturb={name!r} names one. The order of arguments is (model, x, y)."
             )
         self.x = found
 

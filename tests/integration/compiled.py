@@ -5,6 +5,7 @@ theirs: test_compile.py runs it in a process of its own, as users have the libra
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,6 +204,17 @@ def test_places(place: str, penalised: str) -> None:
     x, y = make_batch(4)
     same = x[:1].repeat(4, 1, 1, 1), y[:1].repeat(4)
     _check(make_model("conv"), PenalizedLoss(per_sample_cross_entropy, at=PLACES[place], **PENALISED[penalised]), same)
+
+
+@pytest.mark.parametrize("place", ["FGSM", "N-FGSM", "PGD"])
+def test_places_in_evaluation_mode(place: str) -> None:
+    """An attack in evaluation mode draws nothing, so that one training pass may."""
+    model, (x, y) = make_model("dropout_eval").train(), make_batch(4)
+    objective = PenalizedLoss(per_sample_cross_entropy, at=replace(PLACES[place], mode="eval"))
+    expected = objective(model, x, y).x
+    step = torch.compile(lambda x, y: objective(model, x, y)[4], backend="aot_eager", fullgraph=True)
+    assert torch.allclose(step(x, y), expected, atol=1e-12)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("place", ["N-FGSM", "N-FGSM of half", "PGD", "noise"])

@@ -164,7 +164,8 @@ def _curve(folder: Path) -> dict[str, Any]:
 
 
 def _statistics(folder: Path) -> dict[str, Any]:
-    measured = measure(model(), batches(), [GradNormPenalty(Linf(1.0)), HessianNorm(3)], attack=ATTACKS["pgd"], progress=False)
+    quantities = [GradNormPenalty(Linf(1.0)), HessianNorm(3)]
+    measured = measure(model(), batches(), quantities, attack=ATTACKS["pgd"], progress=False)
     histogram = gradient_histograms(model(), batches(), progress=False)["all"]
     return {"values": measured.values, "attacked": measured.attacked, "histogram": sorted(histogram.counts.items())}
 

@@ -131,7 +131,7 @@ class Attack(ABC):
         return Point.of(batch, x, counts=False)
 
     def _moved(self, x: Tensor, change: Tensor) -> Tensor:
-        """x + change, within the bounds."""
+        """X + change, within the bounds."""
         z = x + change
         return z if self.bounds is None else clamped_(z, self.bounds)
 

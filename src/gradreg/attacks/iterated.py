@@ -221,9 +221,7 @@ class TargetedAPGDAttack(Attack):
             climb(search, start, self.steps)
         return search.result()
 
-    def _side_by_side(
-        self, point: Point, targets: Tensor, index: Tensor | None, look: bool
-    ) -> Tensor:
+    def _side_by_side(self, point: Point, targets: Tensor, index: Tensor | None, look: bool) -> Tensor:
         """Groups of samples, as many lanes together as the batch has samples: one lane for each target of a sample."""
         x = point.x
         group = max(1, x.shape[0] // targets.shape[1])
@@ -231,9 +229,7 @@ class TargetedAPGDAttack(Attack):
         parts = [self._race(point, targets, rows, index, look) for rows in torch.arange(len(x)).split(group)]
         return torch.cat(parts)
 
-    def _race(
-        self, point: Point, targets: Tensor, rows: Tensor, index: Tensor | None, look: bool
-    ) -> Tensor:
+    def _race(self, point: Point, targets: Tensor, rows: Tensor, index: Tensor | None, look: bool) -> Tensor:
         """The samples ``rows``: all of their targets at once, the less promising half dropped at checkpoints."""
         x, y = point.x, point.batch.y
         lanes = targets.shape[1]

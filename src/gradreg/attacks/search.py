@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradreg import checks
-from gradreg.gradients import check_scores, in_transform, outside_inference_mode
+from gradreg.gradients import check_scores, in_transform, outside_inference_mode, with_pull_back
 from gradreg.noise import noise_for
 from gradreg.threat_models import (
     Bounds,
@@ -182,7 +182,7 @@ class Search:
 
     def _differentiated(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         if in_transform():
-            losses, pull_back = torch.func.vjp(lambda z: self._losses(z.clone())[0], z)
+            losses, pull_back = with_pull_back(lambda z: self._losses(z.clone())[0], z)
             return losses.detach(), None, pull_back(torch.ones_like(losses))[0].detach()
         leaf = z.requires_grad_()
         losses, done = self._losses(leaf.clone())  # a copy, for a first layer that works in place

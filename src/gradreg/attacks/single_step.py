@@ -48,6 +48,7 @@ class Noise(Attack):
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
         return self._moved(x, _noise(x, self.threat, self.seed, index))
 
+
 @final
 @dataclass(frozen=True, eq=False)
 class FGSM(LossAttack):
@@ -73,6 +74,7 @@ class FGSM(LossAttack):
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
         box = None if self.bounds is None else room(x, self.bounds)
         return self._moved(x, self.threat.ascent(self._slope(point), torch.zeros_like(x), box))
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,8 @@ class NFGSM(LossAttack):
 
     def _stepped(self, point: Point, index: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], Point]:
         """The perturbed batch; which of its samples have moved, and which not; and those that have, as a batch."""
-        x, threat, bounds, rows = point.x, self.threat, self.bounds, ()
+        x, threat, bounds = point.x, self.threat, self.bounds
+        rows: tuple[Tensor, ...] = ()
         if not point.batch.checked or x.dtype not in (torch.float32, torch.float64):
             check_attackable(x, threat, bounds, self.out_of_bounds, may_look(self, x))
         ball = threat if self.noise == 1 else threat.scaled(self.noise)

@@ -5,7 +5,8 @@ to PyTorch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeGuard, cast, final
+from functools import partial
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,22 +65,6 @@ class ExchangedCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@final
-class SecondDerivatives(ExchangedCalls):
-    """For layers that are differentiated twice: convolutions, normalisations, GELU, SiLU, a first linear layer."""
-
-    def __init__(self, leaf: Tensor) -> None:
-        super().__init__(leaf, _DIFFERENTIATED_TWICE)
-
-
-@final
-class FirstDerivatives(ExchangedCalls):
-    """For layers that are differentiated once: convolutions of an image, whose input gradient is slow on a CPU."""
-
-    def __init__(self, leaf: Tensor) -> None:
-        super().__init__(leaf, {F.conv2d: _stem, Tensor.register_hook: _register_hook})
-
-
 def _may_replace() -> bool:
     """Whether functions written in Python do here what PyTorch's do."""
     eager = torch.is_grad_enabled() and not in_transform() and forward_ad._current_level < 0
@@ -131,6 +116,7 @@ def _convolution_pays(layer: Convolution, x: Tensor, weight: Tensor) -> bool:
 
 def _stem(entrance: Entrance, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     few = isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[1] <= Convolution.FEW_CHANNELS
+    few = few and isinstance(input, Tensor) and input.numel() * weight.numel() >= _LEAST_PRODUCTS_OF_A_STEM
     return _conv2d(entrance, input, weight, *args, only_stems=True, **kwargs) if few else None
 
 
@@ -244,3 +230,8 @@ _DIFFERENTIATED_TWICE: dict[Callable[..., Any], Callable[..., Tensor | None]] = 
     F.gelu: _gelu,
     F.silu: _silu,
 }
+
+# For layers that are differentiated twice: convolutions, normalisations, GELU, SiLU, a first linear layer.
+SecondDerivatives = partial(ExchangedCalls, exchanged=_DIFFERENTIATED_TWICE)
+# For layers that are differentiated once: convolutions of an image, whose input gradient is slow on a CPU.
+FirstDerivatives = partial(ExchangedCalls, exchanged={F.conv2d: _stem, Tensor.register_hook: _register_hook})
