@@ -23,8 +23,10 @@ docs: $(VENV)/docs.installed
 docs-links: $(VENV)/docs.installed  # needs the network
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --builder linkcheck docs results/links
 
+# Half an hour on two cores. Of any other module: make mutations MODULES="point.py smooth/probe.py"
+MODULES ?= replay.py differentiation.py attacks/single_step.py
 mutations: $(VENV)/test.installed
-	$(BIN)/python tests/mutations.py
+	$(BIN)/python tests/mutations.py $(MODULES)
 
 # All models of tests/zoo.py, of which `make test` takes a sample: an hour and a half.
 zoo: $(VENV)/test.installed

@@ -39,7 +39,7 @@ LAYERS: list[set[str]] = [
     {"checks", "noise", "second_derivatives", "trees"},
     {"differentiation", "replay", "smooth"},
     {"model_checks", "point"},
-    {"attacks", "penalties"},
+    {"attacks", "penalties", "terms"},
     {"objective", "streaming"},
     {"evaluation", "preflight", "statistics"},
     {"plots"},

@@ -31,8 +31,10 @@ from gradreg import (
     PenalizedModel,
     PGDAttack,
     RandomSearch,
+    TargetedAPGDAttack,
     Term,
     ThreatModel,
+    TransferAttack,
     every,
     linear_ramp,
     margin,
@@ -84,6 +86,7 @@ class TestFraction:
         whole = objective_gradient(_objective(differentiation=differentiation), model, x, y)
         assert relative_error(average, whole) < 1e-12
 
+    @pytest.mark.usefixtures("unchecked")
     def test_every_way_to_draw_is_as_likely(self) -> None:
         """A chi-squared statistic of 600 draws with 5 degrees of freedom: above 20.5 once in a thousand."""
         model, (x, y) = make_model("mlp"), make_batch(4)
@@ -419,6 +422,7 @@ class TestRecommended:
         assert relative_error(out.total, total) < 1e-12
         assert relative_error(found, list(torch.autograd.grad(total, parameters_of(model)))) < 1e-12
 
+    @pytest.mark.usefixtures("unchecked")
     def test_every_half_is_as_likely(self) -> None:
         """A chi-squared statistic of 600 draws with 5 degrees of freedom: above 20.5 once in a thousand."""
         model, (x, y) = make_model("mlp"), make_batch(4)
@@ -463,7 +467,6 @@ class TestRecommended:
 
     @pytest.mark.parametrize("at", [NFGSM(Linf(0.1), share=0.5), NFGSM(Linf(0.1)), FGSM(Linf(0.1)),
                                     PGDAttack(Linf(0.1), steps=3, best=False)])  # fmt: skip
-    @pytest.mark.usefixtures("unchecked")  # the checks of types draw random numbers, as a model may
     @pytest.mark.parametrize("net", ["conv", "dropout"])
     def test_frees_the_graph_of_the_attack_before_the_training_pass(self, at: Attack, net: str) -> None:
         """An activation that a graph keeps for its backward pass is alive as long as the graph needs it."""
@@ -728,7 +731,9 @@ PLACES: dict[str, Attack] = {
     "PGD": PGDAttack(Linf(0.1), steps=3, step_size=0.07, best=False),
     "PGD, best": PGDAttack(L1(1.0), steps=3),
     "APGD": APGDAttack(Linf(0.1), steps=4),
+    "APGD-T": TargetedAPGDAttack(Linf(0.1), steps=4),
     "random search": RandomSearch(Linf(0.1), queries=5),
+    "transfer": TransferAttack(PGDAttack(Linf(0.1), steps=2), make_model("mlp", seed=5)),
 }
 
 

@@ -57,7 +57,7 @@ class TestValues:
         assert torch.equal(point.score(), losses)
         assert torch.equal(point.gradient(), input_gradient(losses, leaf))
         assert torch.equal(point.score(true_class()), logits.gather(1, y[:, None]).squeeze(1))
-        assert torch.equal(point.gradient(true_class()), input_gradient(point.score(true_class()), point._leaf))
+        assert torch.equal(point.gradient(true_class()), input_gradient(point.score(true_class()), point.leaf))
 
     def test_of_any_function_of_the_logits(self) -> None:
         point = _point()
@@ -122,16 +122,6 @@ class TestValues:
             point.gradient()
         quiet = Point(lambda z: make_model("conv")(z.round()), cross_entropy, x, y, look=False)
         assert not quiet.gradient().any()
-
-    def test_a_hessian_product_is_that_of_double_backward(self) -> None:
-        for how in (DoubleBackward(), InputOnly()):
-            point = _point("mlp", 2, differentiation=how)
-            model, y, v = point.batch.model, point.batch.y, torch.randn_like(point.x)
-            hessian = torch.func.hessian(lambda z, model=model, y=y: cross_entropy(model(z), y).sum())(point.x)
-            expected = (hessian.flatten(4).flatten(0, 3) @ v.flatten()).view_as(v)
-            assert relative_error(point.hessian_product(v).detach(), expected.detach()) < 1e-10
-        with pytest.raises(RuntimeError, match="DoubleBackward"):
-            _point(differentiation=FiniteDifference()).hessian_product(v)
 
 
 class TestOtherPoints:

@@ -54,6 +54,7 @@ from gradreg.statistics import (
     SignAgreement,
     Summary,
     gradient_histograms,
+    hessian_product,
     measure,
     measure_along,
     pearson,
@@ -65,6 +66,7 @@ from cases import (
     make_model,
     parameters_of,
     per_sample_cross_entropy,
+    relative_error,
     soft_labels,
 )
 
@@ -855,3 +857,16 @@ class TestErrorsOfMeasure:
     def test_bins(self) -> None:
         with pytest.raises(ValueError, match="at least 1"):
             gradient_histograms(make_model("conv"), [make_batch(2)], bins_per_decade=0, progress=False)
+
+
+def test_a_hessian_product_is_that_of_double_backward() -> None:
+    x, y = make_batch(2)
+    v = torch.randn_like(x)
+    for how in (DoubleBackward(), InputOnly()):
+        model = make_model("mlp")
+        point = Point(model, cross_entropy, x, y, differentiation=how)
+        hessian = torch.func.hessian(lambda z, model=model: cross_entropy(model(z), y).sum())(x)
+        expected = (hessian.flatten(4).flatten(0, 3) @ v.flatten()).view_as(v)
+        assert relative_error(hessian_product(point, v).detach(), expected.detach()) < 1e-10
+    with pytest.raises(RuntimeError, match="DoubleBackward"):
+        hessian_product(Point(model, cross_entropy, x, y, differentiation=FiniteDifference()), v)

@@ -32,7 +32,7 @@ from gradreg.evaluation import (
 from gradreg.gradients import input_gradient, input_gradient_of
 from gradreg.intervals import PairedComparison, Proportion, mcnemar, wilson
 from gradreg.normalization import Normalize, with_normalization
-from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput, Term
+from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput
 from gradreg.penalties import (
     EdgeAlignmentPenalty,
     GradientPenalty,
@@ -47,6 +47,7 @@ from gradreg.schedules import Schedule, constant, cosine_ramp, every, join, line
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
 from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify, unsmoothify
 from gradreg.state import StateError
+from gradreg.terms import Term
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
 
 __all__ = [

@@ -1,9 +1,6 @@
 """The training objective: the loss that you have, where it is taken, and penalties."""
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
@@ -19,45 +16,8 @@ from gradreg.point import Batch, Model, Parts, Point
 from gradreg.replay import EagerReplay, TransformedReplay
 from gradreg.schedules import Schedule
 from gradreg.selectors import ClassSelector
+from gradreg.terms import Term, checked_weight, scheduled
 from gradreg.trees import Inputs, usable
-
-
-@final
-@dataclass(frozen=True)
-class Term:
-    """One penalty of an objective.
-
-    Attributes:
-        penalty: A :class:`gradreg.Penalty`, or any function of a :class:`gradreg.Point` that returns one number per
-            sample. :class:`gradreg.GradientPenalty` makes one of a function of ``(grad, x)``.
-        weight: Factor of the penalty's batch mean in the total, at least 0: a number, or a schedule of the step ``t``.
-            At steps where it is 0 the term costs nothing.
-
-    Example:
-        >>> from gradreg import EdgeAlignmentPenalty, linear_ramp
-        >>> Term(EdgeAlignmentPenalty(), weight=linear_ramp(0.5, duration=100)).weight_at(50)
-        0.25
-    """
-
-    penalty: Callable[[Point], Tensor]
-    weight: float | Schedule = 1.0
-
-    def __post_init__(self) -> None:
-        if not callable(self.penalty):
-            raise TypeError(
-                f"Term: a penalty is a function of a point, such as GradNormPenalty(Linf(4 / 255)); got "
-                f"{self.penalty!r}."
-            )
-        if _needs_two_arguments(self.penalty):
-            raise TypeError(
-                "Term: a penalty is a function of a point. Wrap a function of (grad, x): GradientPenalty(function)."
-            )
-        if not callable(self.weight):
-            _checked_weight(self.weight)
-
-    def weight_at(self, t: float | None) -> float:
-        """The weight at step t."""
-        return _scheduled(self.weight, t) if callable(self.weight) else self.weight
 
 
 class PenalizedOutput(NamedTuple):
@@ -149,7 +109,7 @@ class PenalizedLoss(nn.Module):
         super().__init__()
         _check_settings(criterion, {} if terms is None else terms, at, differentiation)
         if not callable(loss_weight):
-            _checked_weight(loss_weight)
+            checked_weight(loss_weight)
         if not inner_scale > 0:
             raise ValueError(f"PenalizedLoss: inner_scale must be above 0, got {inner_scale}.")
         if not 0 < fraction <= 1:
@@ -197,7 +157,7 @@ class PenalizedLoss(nn.Module):
                 or the model is wrapped in a way that makes double backward wrong (each message names the fix).
         """
         transformed, at = in_transform(), self.at
-        loss_weight = self.loss_weight if not callable(self.loss_weight) else _scheduled(self.loss_weight, t)
+        loss_weight = self.loss_weight if not callable(self.loss_weight) else scheduled(self.loss_weight, t)
         weights = {}
         for name, term in self.terms.items():
             if (weight := term.weight_at(t)) > 0:
@@ -345,28 +305,3 @@ def _wrong_shape(name: str, values: Tensor, x: Tensor) -> ValueError:
         f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(values.shape)}; expected one number per "
         f"sample, ({len(x)},). Reduce it over all dimensions but the first."
     )
-
-
-def _needs_two_arguments(function: Callable[..., object]) -> bool:
-    """Whether a function can be told to take more than a point."""
-    try:
-        signature = inspect.signature(function)
-        signature.bind(None)
-    except TypeError:
-        return True
-    except ValueError:  # one that has no signature
-        return False
-    return False
-
-
-def _scheduled(schedule: Schedule, t: float | None) -> float:
-    """The value of a schedule at step t."""
-    if t is None:
-        raise ValueError("A weight is a schedule of the optimiser step; call objective(model, x, y, t=step).")
-    return _checked_weight(schedule(t))
-
-
-def _checked_weight(weight: float) -> float:
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"A weight must be finite and at least 0, got {weight}.")
-    return weight

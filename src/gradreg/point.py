@@ -7,7 +7,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradreg import checks
 from gradreg.criteria import Criterion, is_classification
@@ -97,7 +96,7 @@ class Point:
     differentiable: bool
     counts: bool
     known: dict[Hashable, Any]
-    _leaf: Tensor
+    leaf: Tensor  # the tensor whose gradient is taken, once the pass has run
     _slopes: list[tuple[ScoreOf, bool, Tensor]]
 
     def __init__(
@@ -214,7 +213,7 @@ class Point:
             return criterion(logits, labels)
 
     def slope(self, of: ScoreOf = None, *, create_graph: bool, last: bool = False) -> Tensor:
-        """The input gradient of a score as autograd has it, with a graph or without; the ``last`` one frees the rest."""
+        """The input gradient of a score as autograd has it, with a graph or not; the ``last`` one frees the rest."""
         for known, has_graph, grad in self._slopes:
             if known == of and has_graph >= create_graph:
                 return grad
@@ -234,23 +233,10 @@ class Point:
         self._slopes.append((of, create_graph, grad))
         return grad
 
-    def hessian_product(self, direction: Tensor) -> Tensor:
-        """Every sample's Hessian of the loss times a direction; it depends on the weights if input gradients do."""
-        how = self.batch.differentiation
-        if in_transform() or not (how.second_order or how.constant):
-            raise RuntimeError("A Hessian needs DoubleBackward(), outside of transforms and compiled regions.")
-        point = self if how.second_order else self.once("twice", self._differentiated_twice)
-        grad = point.slope(create_graph=True)
-        if not grad.requires_grad:  # a loss linear in x
-            return torch.zeros_like(direction)
-        along = (grad * direction).sum()
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        return torch.autograd.grad(along, [point._leaf], create_graph=how.second_order, **options)[0]
-
     def release(self) -> None:
         """Free all graphs; what stays known is the logits, as a constant."""
         self.known = {"logits": detached(self.known["logits"])} if "logits" in self.known else {}
-        self._slopes, self._leaf = [], self.x
+        self._slopes, self.leaf = [], self.x
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""
@@ -264,7 +250,7 @@ class Point:
         if self.differentiable:
             leaf.requires_grad_()
             around = self.batch.differentiation.around(self.batch.model, leaf)
-        self._leaf = leaf
+        self.leaf = leaf
         # At another point a measurement, which trains nothing, may ask for values alone.
         graph = self.differentiable or self.counts or self.batch.checked or not self.batch.differentiation.constant
         with around(leaf), nullcontext() if graph else torch.no_grad():
@@ -283,7 +269,7 @@ class Point:
         """The input gradient of a scaled score."""
         scores = self.losses if of is None else self.score(of)
         scores = scores if scale == 1 else scores * scale
-        return input_gradient(scores, self._leaf, create_graph=create_graph, retain_graph=retain_graph)
+        return input_gradient(scores, self.leaf, create_graph=create_graph, retain_graph=retain_graph)
 
     def _score_of(self, of: ScoreOf) -> Callable[[Any], Tensor]:
         """A score as a function of the logits."""
@@ -294,14 +280,6 @@ class Point:
                 return lambda logits: class_scores(logits, classes)
         self.batch.classes.append((of, of(checks.check_logits(self.logits).detach(), self.batch.y)))
         return self._score_of(of)
-
-    def _differentiated_twice(self) -> "Point":
-        """The point by a pass of its own, without fused attention, which has no second derivative."""
-        batch = replace(self.batch, differentiation=DoubleBackward(fused=False))
-        point = Point.of(batch, self.x, counts=False)
-        with sdpa_kernel(SDPBackend.MATH):
-            point.known["logits"] = point._run()
-        return point
 
 
 @final

@@ -49,8 +49,10 @@ class _Comparison:
     def wrong(self) -> Finding | None:
         is_derivative = True
         for _ in range(_DIRECTIONS):
-            d = [self._noise(weight) * (weight.detach().abs().square().mean().sqrt().double() or 1e-2)
-                 for weight in _trained(self._step)]
+            d = [
+                self._noise(weight) * (weight.detach().abs().square().mean().sqrt().double() or 1e-2)
+                for weight in _trained(self._step)
+            ]
             here, exact = self._at(d, 0.0, slopes=True)
             loss_errors, differences = [], []
             for size in _STEPS:

@@ -47,5 +47,7 @@ class PreflightReport:
             raise RuntimeError(str(self))
 
     def __str__(self) -> str:
-        verdict = "works" if self.ok else "does not work" if self.works is None else "works with finite differences only"
+        verdict = (
+            "works" if self.ok else "does not work" if self.works is None else "works with finite differences only"
+        )
         return "\n".join([f"preflight: the objective {verdict}", *map(str, self.findings)])

@@ -130,8 +130,10 @@ class Step:
 def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float | None) -> Step:
     """The step with all its terms: a weight that a schedule has at 0 is that of another time, or else 1."""
     tried = copy.copy(objective)
-    tried.terms = {name: replace(term, weight=_above_0(term.weight_at, t)) if callable(term.weight) else term
-                   for name, term in objective.terms.items()}
+    tried.terms = {
+        name: replace(term, weight=_above_0(term.weight_at, t)) if callable(term.weight) else term
+        for name, term in objective.terms.items()
+    }
     if t is None and callable(objective.loss_weight):
         tried.loss_weight = _above_0(objective.loss_weight, t)
     device = Inputs(x, objective.perturb).x.device

@@ -12,7 +12,7 @@ images, say. PyTorch tells nobody which hooks a graph has, so they are looked fo
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 from weakref import ref
 
@@ -26,18 +26,20 @@ _FEW = 16  # operations between the input and a first layer
 
 
 @final
+@dataclass(eq=False)
 class Entrance:
     """The tensors before the first layers, in one forward pass of a model.
 
-    Args:
+    Attributes:
         leaf: The tensor whose gradient is taken, which nobody else has.
+        seen: The tensors that functions of PyTorch were called with. By identity, because hashing a tensor is slow;
+            weakly, because this object outlives the forward pass.
+        hooked: Whether a hook on a tensor has been found.
     """
 
-    def __init__(self, leaf: Tensor) -> None:
-        self._leaf = leaf
-        # By identity: hashing a tensor is slow. Weakly: this object outlives the forward pass.
-        self._seen: dict[int, ref[Tensor]] = {}
-        self._has_hooks = False
+    leaf: Tensor
+    seen: dict[int, ref[Tensor]] = field(default_factory=dict)
+    hooked: bool = False
 
     def see(self, arguments: Iterable[object]) -> None:
         """Take note of the tensors that a function of PyTorch is called with.
@@ -47,13 +49,13 @@ class Entrance:
         for argument in arguments:
             kind = type(argument)
             if kind is Tensor:
-                self._seen[id(argument)] = ref(argument)  # type: ignore[arg-type]
+                self.seen[id(argument)] = ref(argument)  # type: ignore[arg-type]
             elif kind is list or kind is tuple:
                 self.see(argument)  # type: ignore[arg-type]
 
     def see_hook(self, tensor: Tensor) -> None:
         """Take note that a hook is set on a tensor."""
-        self._has_hooks = self._has_hooks or self.way_to(tensor) is not None
+        self.hooked = self.hooked or self.way_to(tensor) is not None
 
     def way_to(self, x: Tensor) -> "Way | None":
         """The way from the leaf to x, if nothing else lies behind x than a few operations such as a normalisation."""
@@ -64,17 +66,17 @@ class Entrance:
             before = [used for used, _ in node.next_functions if used is not None]
             nodes += [used for used in before if used not in nodes]
             ends += [] if before else [node]
-        if len(ends) != 1 or getattr(ends[0], "variable", None) is not self._leaf:
+        if len(ends) != 1 or getattr(ends[0], "variable", None) is not self.leaf:
             return None
         return Way(self, nodes, ends[0])
 
     def has_hooks(self) -> bool:
         """Whether there is a hook on a tensor here."""
-        if not self._has_hooks:
-            tensors = (tensor for seen in self._seen.values() if (tensor := seen()) is not None)
+        if not self.hooked:
+            tensors = (tensor for seen in self.seen.values() if (tensor := seen()) is not None)
             hooked = (tensor for tensor in tensors if tensor._backward_hooks or tensor.retains_grad)
-            self._has_hooks = any(self.way_to(tensor) is not None for tensor in hooked)
-        return self._has_hooks
+            self.hooked = any(self.way_to(tensor) is not None for tensor in hooked)
+        return self.hooked
 
 
 @final

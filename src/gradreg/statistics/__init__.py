@@ -7,7 +7,7 @@ are the measurements of chapters 4 and 5 and appendix A of Rodríguez Muñoz, "A
 perturbations" (MIT 2024), each with the definitions between which its text and its released code differ.
 """
 
-from gradreg.statistics.curvature import Curvature, HessianNorm, LocalLinearity
+from gradreg.statistics.curvature import Curvature, HessianNorm, LocalLinearity, hessian_product
 from gradreg.statistics.edges import EdgeCorrelation, pearson
 from gradreg.statistics.gradients import Loss, SignAgreement
 from gradreg.statistics.measurements import Measurements, gradient_histograms, measure, measure_along
@@ -25,6 +25,7 @@ __all__ = [
     "SignAgreement",
     "Summary",
     "gradient_histograms",
+    "hessian_product",
     "measure",
     "measure_along",
     "pearson",

@@ -1,16 +1,57 @@
 """How far the loss is from a straight line within reach of a perturbation."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradreg.differentiation import DoubleBackward
+from gradreg.gradients import in_transform
 from gradreg.noise import generator_of
 from gradreg.point import Point
 from gradreg.statistics.gradients import RandomPenalty
 from gradreg.threat_models import L2, ThreatModel, at_least_float32, length, unit
+
+
+def hessian_product(point: Point, direction: Tensor, *, create_graph: bool = True) -> Tensor:
+    """Every sample's Hessian of the loss with respect to its input, times a direction.
+
+    Args:
+        point: The point.
+        direction: One direction for each sample, of the shape of x.
+        create_graph: Whether the product is to depend on the weights, if input gradients do.
+
+    Raises:
+        RuntimeError: If input gradients are finite differences, or inside a transform.
+
+    Example:
+        >>> from gradreg import cross_entropy
+        >>> point = Point(torch.nn.Identity(), cross_entropy, torch.zeros(1, 2), torch.tensor([0]))
+        >>> hessian_product(point, torch.tensor([[1.0, 0.0]])).detach()
+        tensor([[ 0.2500, -0.2500]])
+    """
+    how = point.batch.differentiation
+    if in_transform() or not (how.second_order or how.constant):
+        raise RuntimeError("A Hessian needs DoubleBackward(), outside of transforms and compiled regions.")
+    there = point if how.second_order else point.once("twice", lambda: _unfused(point))
+    grad = there.slope(create_graph=True)
+    if not grad.requires_grad:  # a loss linear in x
+        return torch.zeros_like(direction)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    along = (grad * direction).sum()
+    return torch.autograd.grad(along, [there.leaf], create_graph=create_graph and how.second_order, **options)[0]
+
+
+def _unfused(point: Point) -> Point:
+    """The point by a pass of its own, without fused attention, which has no second derivative."""
+    batch = replace(point.batch, differentiation=DoubleBackward(fused=False))
+    there = Point.of(batch, point.x, counts=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        _ = there.logits
+    return there
 
 
 @dataclass(frozen=True)
@@ -49,9 +90,7 @@ class _PowerIteration(RandomPenalty):
     def _iterate(self, point: Point) -> Tensor:
         direction, found = self._first(point), []
         for left in reversed(range(self.iterations)):
-            product = at_least_float32(point.hessian_product(direction))
-            if left:
-                product = product.detach()
+            product = at_least_float32(hessian_product(point, direction, create_graph=not left))
             share = (direction * product).flatten(1).sum(1).abs()
             found.append(length(product) if self.estimate == "norm" else share)
             direction = unit(product.detach())
