@@ -121,7 +121,7 @@ class Method:
 
 
 exact = functools.partial(Method, double=True)
-RECOMMENDED = "N-FGSM on half (recommended)"
+RECOMMENDED = "recommended: N-FGSM on half"
 METHODS: dict[str, Method] = {
     "natural": Method(natural, 3, compiled=True),
     "GradNorm, explicit loop": exact(explicit, 6),
@@ -225,7 +225,9 @@ def turns_of(model: nn.Module, x: Tensor, y: Tensor, dtype: str, backend: str | 
     for name, method in METHODS.items():
         if method.compiled:
             whole = torch.compile(method.total, fullgraph=True, dynamic=False, backend=backend)
-            found[f"{name}, compiled"] = turn_of(dataclasses.replace(method, total=whole), model, optimizer, x, y, dtype)
+            found[f"{name}, compiled"] = turn_of(
+                dataclasses.replace(method, total=whole), model, optimizer, x, y, dtype
+            )
     return found
 
 

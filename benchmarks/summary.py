@@ -50,7 +50,9 @@ def step_cost() -> str:
         ["natural step, ms", "", "", *(f"{1000 * _first(r['seconds']['natural']):.1f}" for r in found.values())]
     )
     header = ["step", "forward / to inputs / to weights / second", "floor", *columns]
-    return "\n\n".join(["## What a step costs", turns.table(header, rows), *_former(first["floor"], METHODS), _origin(found)])
+    return "\n\n".join(
+        ["## What a step costs", turns.table(header, rows), *_former(first["floor"], METHODS), _origin(found)]
+    )
 
 
 def compiled() -> str:

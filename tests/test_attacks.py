@@ -1061,7 +1061,7 @@ class TestBadInput:
     def test_options(self, options: dict[str, object], match: str) -> None:
         self._fails(ValueError, match, *make_batch(), **options)
 
-    def test_a_model_in_the_place_of_the_threat(self) -> None:
+    def test_a_model_instead_of_the_threat(self) -> None:
         with pytest.raises(TypeError, match="threat"):
             PGDAttack(make_model("conv"))
 

@@ -252,7 +252,7 @@ class TestAutoAttack:
         assert not x_adv.requires_grad
         broken = model(x_adv).argmax(1) != y
         assert int(broken.sum()) > 0
-        assert torch.equal(x_adv[~broken], x[~broken])  # what withstood comes back as it was
+        assert torch.equal(x_adv[~broken], x[~broken])  # what held comes back as it was
 
     @pytest.mark.parametrize("seed", [0, None])
     def test_random_numbers_go_on_as_if_it_had_not_been_there(self, seed: int | None) -> None:

@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradreg import GradregWarning
+from gradreg import FGSM, L1, L2, NFGSM, GradNormPenalty, GradregWarning, Linf, Noise, PGDAttack
 from gradreg.checks import (
     check_bounds,
     check_input,
     check_labels,
     check_logits,
-    check_not_normalized_twice,
     check_radius,
-    check_unit_of_bounds,
+    check_units,
     finite_range,
     may_look,
 )
@@ -183,15 +182,56 @@ def test_pixels_out_of_bounds(channel: int, side: str) -> None:
         check_bounds(x, LOW, HIGH)
 
 
+def ranging(lowest: float, highest: float) -> Tensor:
+    """Images whose values run from the lowest to the highest."""
+    return torch.linspace(lowest, highest, 18).view(1, 2, 3, 3)
+
+
+PLACES = [GradNormPenalty(Linf(0.1), bounds=(0.0, 1.0)), Noise(L2(0.5)), PGDAttack(L1(2.0))]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: type(place).__name__)
 @pytest.mark.parametrize(("lowest", "highest"), [(0.0, 1.0), (-0.47, 1.27), (-0.75, 1.75)])
-def test_pixels_in_the_unit_of_bounds(lowest: float, highest: float) -> None:
-    check_unit_of_bounds(lowest, highest, 0.0, 1.0)
+def test_pixels_in_the_unit_of_bounds(place: object, lowest: float, highest: float) -> None:
+    check_units(ranging(lowest, highest), [None, place], normalized=False)
 
 
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: type(place).__name__)
 @pytest.mark.parametrize(("lowest", "highest"), [(-2.1, 0.5), (0.0, 2.6), (0.0, 255.0)])
-def test_pixels_in_another_unit_than_bounds(lowest: float, highest: float) -> None:
+def test_pixels_in_another_unit_than_bounds(place: object, lowest: float, highest: float) -> None:
     with pytest.raises(ValueError, match="unit"):
-        check_unit_of_bounds(lowest, highest, 0.0, 1.0)
+        check_units(ranging(lowest, highest), [None, place], normalized=False)
+
+
+@pytest.mark.parametrize(
+    ("x", "place"),
+    [
+        (ranging(0.0, 1.0), GradNormPenalty(Linf(4))),
+        (ranging(0.0, 1.0), FGSM(Linf(8))),
+        (ranging(0.0, 0.4), Noise(Linf(0.6), bounds=(0.0, 0.5))),
+        (ranging(-1.5, 1.5), NFGSM(Linf(4.5), bounds=(LOW - 1, HIGH))),
+    ],
+)
+def test_a_radius_in_another_unit_than_pixels(x: Tensor, place: object) -> None:
+    with pytest.raises(ValueError, match="eps"):
+        check_units(x, [place], normalized=False)
+
+
+def test_radii_that_may_be_as_large_as_they_are() -> None:
+    places = [GradNormPenalty(L2(40.0)), GradNormPenalty(L1(400.0)), lambda point: point.losses]
+    check_units(ranging(0.0, 1.0), places, normalized=False)
+    check_units(ranging(-2.0, 2.0), [GradNormPenalty(Linf(3.0))], normalized=False)  # normalised, it seems
+    check_units(ranging(0.0, 255.0), [GradNormPenalty(Linf(8.0))], normalized=False)
+
+
+def test_a_radius_of_pixels_for_bytes() -> None:
+    with pytest.warns(GradregWarning, match="bytes"):
+        check_units(ranging(0.0, 255.0), [GradNormPenalty(Linf(8 / 255))], normalized=False)
+
+
+def test_units_of_what_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        check_units(torch.tensor([[0.0, math.nan]]), [], normalized=False)
 
 
 def test_pixels_out_of_bounds_are_named() -> None:
@@ -202,13 +242,14 @@ def test_pixels_out_of_bounds_are_named() -> None:
 @pytest.mark.parametrize("low", [-0.75, -0.47, 0.0])
 @pytest.mark.parametrize("high", [1.0, 1.27, 2.0])
 def test_pixels_for_a_model_that_normalises(low: float, high: float) -> None:
-    check_not_normalized_twice(low, high)
+    check_units(ranging(low, high), [], normalized=True)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-2.1, 0.5), (-1.0, 1.0), (-0.76, 0.0), (0.0, 2.01), (0.0, 255.0)])
 def test_pixels_that_are_normalised_already(low: float, high: float) -> None:
+    check_units(ranging(low, high), [], normalized=False)
     with pytest.raises(ValueError, match="already"):
-        check_not_normalized_twice(low, high)
+        check_units(ranging(low, high), [], normalized=True)
 
 
 # Who looks

@@ -406,6 +406,7 @@ class _Scaled(nn.Module):
         return per_sample_cross_entropy(self.scale * logits, y)
 
 
+@pytest.mark.usefixtures("unchecked")  # whose checks draw random numbers, as a model may: users do not have them
 class TestRecommended:
     """Half of the batch is noisy, the other half attacked by one step from noise."""
 
@@ -422,7 +423,6 @@ class TestRecommended:
         assert relative_error(out.total, total) < 1e-12
         assert relative_error(found, list(torch.autograd.grad(total, parameters_of(model)))) < 1e-12
 
-    @pytest.mark.usefixtures("unchecked")
     def test_every_half_is_as_likely(self) -> None:
         """A chi-squared statistic of 600 draws with 5 degrees of freedom: above 20.5 once in a thousand."""
         model, (x, y) = make_model("mlp"), make_batch(4)
@@ -602,7 +602,6 @@ class TestRecommended:
         assert expected > 0
         assert found < 1.5 * expected < 0.1
 
-    @pytest.mark.usefixtures("unchecked")
     def test_half_precision_is_refused(self) -> None:
         model, (x, y) = make_model("conv", torch.bfloat16), make_batch(dtype=torch.bfloat16)
         with pytest.raises(TypeError, match="float32"):

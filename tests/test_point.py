@@ -115,6 +115,10 @@ class TestValues:
         slopes = torch.autograd.grad(expected, parameters_of(model))
         assert relative_error(list(found.values()), list(slopes)) < 1e-12
 
+    def test_a_finite_difference_without_an_objective_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="PenalizedLoss"):
+            _point(differentiation=FiniteDifference())
+
     def test_a_gradient_of_zero_is_named(self) -> None:
         x, y = make_batch()
         point = Point(lambda z: make_model("conv")(z.round()), cross_entropy, x, y)

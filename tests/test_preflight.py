@@ -146,8 +146,8 @@ def swin() -> nn.Module:
     return timm.create_model("swin_tiny_patch4_window7_224", num_classes=CLASSES, **sizes)
 
 
-def compiled_in_place() -> nn.Module:
-    model = Apply(lambda x, net: net(x), features(nn.GELU()))  # not every torch compiles an nn.Sequential itself
+def compiled_in_place(inputs: int = 8) -> nn.Module:
+    model = Apply(lambda x, net: net(x), nn.Sequential(nn.Linear(inputs, 8), features(nn.GELU())))  # not every torch compiles an nn.Sequential itself
     model.compile(backend="aot_eager")
     return model
 
@@ -920,6 +920,11 @@ def test_warns_of_what_the_batch_meets() -> None:
     assert checked(features(table, nn.GELU()), x, y).findings == ()  # not a function of x
 
 
+class Uncopied(nn.ReLU):
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise RuntimeError("no copies")
+
+
 class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sin() if x.detach().norm() > 1.57 else x.cos()
@@ -947,15 +952,26 @@ def test_says_what_to_do_about_what_is_not_smooth(layers: list[nn.Module], fixes
 
 
 def test_reads_the_code_of_a_model_that_cannot_be_copied() -> None:
-    class Uncopied(nn.ReLU):
-        def __deepcopy__(self, memo: object) -> nn.Module:
-            raise RuntimeError("no copies")
-
     report = checked(features(Uncopied()), *batch(0))
     assert report.ok
     assert warnings_about(report, "not smooth") == ["1"]
     (warning,) = (warning for warning in report.findings if "read from the code alone" in warning.problem)
-    assert "cannot be copied (no copies)" in warning.problem
+    assert "no copies" in warning.problem
+    assert warnings_about(report, "tried on the model itself") == [""]
+
+
+def test_fresh_statistics_are_not_to_be_frozen() -> None:
+    model, (x, y) = features(nn.BatchNorm1d(8), nn.GELU()), batch(0)
+
+    def said() -> list[str]:
+        (finding,) = checked(model, x, y).findings
+        with pytest.warns(GradregWarning, match="statistics") as caught:
+            thesis()(model, x, y)
+        return [finding.fix, str(caught[0].message)]
+
+    assert not any("eval" in text for text in said())
+    model(x)
+    assert all("evaluation mode" in text for text in said())
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"track_running_stats": False}])
@@ -980,6 +996,193 @@ def test_a_saturated_loss_is_a_warning() -> None:
     assert report.ok
     assert warnings_about(report, "saturated") == [""]
     assert checked(model, x, torch.ones_like(y)).findings == ()
+
+
+# ----------------------------------------------------------------------------------------- any objective
+
+
+def selective(policy: CheckpointPolicy) -> nn.Module:
+    contexts = partial(create_selective_checkpoint_contexts, lambda *args, **kwargs: policy)
+    return features(
+        Apply(lambda x, net: checkpoint(net, x, use_reentrant=False, context_fn=contexts), nn.Linear(8, 8)), nn.GELU()
+    )
+
+
+def test_recommends_nothing_that_fails_too_under_selective_checkpointing() -> None:
+    model, (x, y) = selective(CheckpointPolicy.PREFER_RECOMPUTE), batch(0)
+    report = checked(model, x, y)
+    assert "selective" in report.errors[0].problem
+    for differentiation in (DoubleBackward(), FiniteDifference()):
+        assert not works(model, x, y, thesis(differentiation=differentiation))
+    assert "FiniteDifference" not in str(report)
+    with pytest.raises(RuntimeError, match="selective"):
+        report.differentiation()
+    assert preflight(RECOMMENDED, model, x, y).ok
+    assert works(model, x, y, RECOMMENDED)
+
+
+def raises(*args: object) -> Tensor:
+    raise LookupError("no {such} thing")
+
+
+class Raises(nn.Module):
+    def forward(self, *args: object) -> Tensor:
+        return raises(*args)
+
+
+@pytest.mark.parametrize(
+    ("objective", "where"),
+    [
+        (PenalizedLoss(raises), "the criterion"),
+        (PenalizedLoss(Raises()), "the criterion"),
+        (PenalizedLoss(partial(raises, 1)), "the criterion"),
+        (PenalizedLoss(terms={"mine": Term(raises)}), "the penalty 'mine'"),
+        (PenalizedLoss(terms={"mine": Term(Raises())}), "the penalty 'mine'"),
+        (PenalizedLoss(terms={"mine": Term(GradientPenalty(raises))}), "the penalty 'mine'"),
+        (PenalizedLoss(terms={"norm": Term(GradNormPenalty(Linf(0.1))), "mine": Term(raises)}), "the penalty 'mine'"),
+        (PenalizedLoss(output=raises), ""),
+        (PenalizedLoss(loss_weight=raises), ""),
+        (PenalizedLoss(terms={"mine": Term(GradNormPenalty(Linf(0.1)), raises)}), ""),
+    ],
+)
+def test_what_an_objective_raises_is_a_finding(objective: PenalizedLoss, where: str) -> None:
+    report = preflight(objective, features(nn.GELU()), *batch(0), t=5)
+    (error,) = report.errors
+    assert error.where == where
+    assert "no {such} thing" in error.problem
+    assert report.works is None
+
+
+def test_a_pass_that_a_penalty_asks_for_in_vain_is_said_to_be_its_own() -> None:
+    def penalty(point: Point) -> Tensor:
+        return point.batch.model(point.x[:, :3]).sum(1)
+
+    (error,) = preflight(PenalizedLoss(terms={"mine": Term(penalty)}), features(), *batch(0)).errors
+    assert error.where == "0"
+    assert "'mine'" in error.problem
+
+
+def test_the_wrong_arguments_are_a_finding(unchecked: None) -> None:
+    model, (x, y) = features(), batch(0)
+    for arguments in [(model, thesis(), x, y), (model, x, y), (thesis(), model.forward, x, y), (thesis(), model, y, x)]:
+        assert not preflight(*arguments).ok
+
+
+@pytest.mark.parametrize("at", [NFGSM(Linf(8 / 255), share=0.5), PGDAttack(Linf(0.1), steps=2), Noise(Linf(0.1)), None])
+def test_without_penalties_batch_norm_and_relu_are_fine(at: NFGSM | None) -> None:
+    model, (x, y) = features(nn.BatchNorm1d(8), nn.ReLU()), batch(0)
+    report = preflight(PenalizedLoss(at=at), model, x, y)
+    assert report.findings == ()
+    assert report.ok == works(model, x, y, PenalizedLoss(at=at))
+
+
+@pytest.mark.parametrize("at", [PGDAttack(Linf(0.1), steps=2), Noise(Linf(0.1))])
+def test_an_attack_needs_a_first_derivative_and_noise_needs_none(at: PGDAttack | Noise) -> None:
+    model, (x, y) = through_checkpoint(reentrant=True), batch(0)
+    report = preflight(PenalizedLoss(at=at), model, x, y)
+    assert report.ok == works(model, x, y, PenalizedLoss(at=at)) == isinstance(at, Noise)
+    assert ["reentrant" in error.problem for error in report.errors] == ([] if report.ok else [True])
+    assert "FiniteDifference" not in str(report)
+
+
+def test_fused_attention_is_fine_where_nothing_is_differentiated_twice() -> None:
+    model, (x, y) = Attention(need_weights=False), batch(0)
+    for objective in (RECOMMENDED, thesis(differentiation=FiniteDifference(0.5))):
+        report = preflight(objective, model, x, y)
+        assert report.findings == ()
+        assert report.differentiation() is objective.differentiation
+
+
+def test_a_recommended_difference_has_a_unit() -> None:
+    model, (x, y) = features(nn.Hardsigmoid()), batch(0)
+    terms = {"mine": Term(GradientPenalty(lambda grad, x: grad.square().flatten(1).sum(1)))}
+    report = preflight(PenalizedLoss(terms=terms), model, 100 * x, y)
+    chosen = report.differentiation()
+    assert isinstance(chosen, FiniteDifference)
+    assert 0.5 < chosen.threat.eps <= 1.0
+    assert str(chosen.threat) in report.errors[0].fix
+    assert works(model, 100 * x, y, PenalizedLoss(terms=terms, differentiation=chosen))
+
+
+@pytest.mark.parametrize("weight", [linear_ramp(1.0, duration=10), lambda t: float(t > 5_000), lambda t: 0.0])
+@pytest.mark.parametrize("t", [None, 0, 3, 20_000])
+def test_tries_terms_whose_weight_is_0_at_this_step(weight: Callable[[float], float], t: float | None) -> None:
+    model, (x, y) = features(nn.Hardsigmoid()), batch(0)
+    objective = PenalizedLoss(terms={"norm": Term(GradNormPenalty(Linf(0.1)), weight)}, loss_weight=weight)
+    report = preflight(objective, model, x, y, t=t)
+    assert [error.where for error in report.errors] == ["1"]
+    assert report.differentiation() == FiniteDifference()
+    assert objective.terms["norm"].weight is weight
+    loss_only = PenalizedLoss(terms={"norm": Term(raises, 0.0)})  # which no schedule will ever turn on
+    assert preflight(loss_only, model, x, y, t=t).ok
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_inputs_of_any_structure(kind: type) -> None:
+    class Two(nn.Module):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__()
+            self.embedding, self.net = nn.Embedding(3, 8), features(*layers)
+
+        def forward(self, ids: Tensor, image: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(image + self.embedding(ids))}
+
+    image, y = batch(0)
+    x = (y, image) if kind is tuple else {"image": image, "ids": y}
+    assert checked(Two(nn.GELU()), x, (y,)).ok is False  # cross-entropy takes no tuple
+    objective = PenalizedLoss(lambda logits, y: cross_entropy(logits, y[0]), thesis().terms)
+    assert preflight(objective, Two(nn.GELU()), x, (y,)).findings == ()
+    report = preflight(objective, Two(nn.Hardsigmoid(), nn.ReLU()), x, (y,))
+    assert [error.where for error in report.errors] == ["net.1"]
+    assert "net.1, net.2" in [finding.where for finding in report.findings if "not smooth" in finding.problem]
+    assert preflight(PenalizedLoss(lambda logits, y: logits.square().sum(1), thesis().terms), Two(nn.GELU()), x).ok
+
+
+def test_a_penalty_that_is_0_is_a_warning() -> None:
+    hinge = Term(GradientPenalty(lambda grad, x: (grad.abs().sum(1) - 100).relu()))
+    report = preflight(PenalizedLoss(terms={"hinge": hinge}), features(nn.GELU()), *batch(0))
+    assert report.ok
+    assert warnings_about(report, "0 on this batch") == ["the penalty 'hinge'"]
+
+
+def test_warnings_of_the_objective_are_findings() -> None:
+    x, y = batch(0)
+    report = preflight(PenalizedLoss(at=Noise(Linf(0.1), bounds=None)), features(nn.GELU()), 200 * x, y)
+    assert warnings_about(report, "bytes") == [""]
+
+
+def test_a_trainable_criterion_is_part_of_the_step() -> None:
+    class Proxies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proxies, self.seen = nn.Parameter(torch.randn(CLASSES, CLASSES)), 0
+
+        def forward(self, embeddings: Tensor, y: Tensor) -> Tensor:
+            self.seen += 1
+            return F.cross_entropy(embeddings @ self.proxies, y, reduction="none")
+
+    objective, (x, y) = thesis(Proxies()), batch(0)
+    assert preflight(objective, frozen(features(nn.GELU())), x, y).ok  # the input gradient moves the proxies
+    assert objective.criterion.seen == 0
+    assert objective.criterion.proxies.grad is None
+
+
+class Shy(nn.Module):
+    """Raises where it is watched."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._forward_hooks:
+            raise LookupError("watched")
+        return x
+
+
+def test_a_diagnosis_that_fails_leaves_the_error_itself() -> None:
+    x, y = batch(0)
+    (error,) = checked(features(nn.Hardsigmoid(), Shy()), x, y).errors
+    assert "hardsigmoid" in error.problem
+    report = checked(features(nn.GELU(), Shy()), x, y)
+    assert report.ok
+    assert warnings_about(report, "could not look further: LookupError: watched") == [""]
 
 
 # ------------------------------------------------------------------------------------ distributed training
@@ -1042,6 +1245,37 @@ def test_ddp(options: dict[str, bool], inside: bool) -> None:
     report = checked(ddp, x, y)
     assert [error.where for error in report.errors] == ([""] if options.get("static_graph") else [])
     assert report.ok == is_synchronized_like(ddp, reference, lambda module: explicit(module, x, y))
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("at", [NFGSM(Linf(8 / 255), share=0.5), Noise(Linf(0.1))])
+def test_ddp_of_a_static_graph_and_an_attack(at: NFGSM | Noise) -> None:
+    x, y = batch(0)
+    model = features(nn.GELU())
+    ddp, objective = DistributedDataParallel(model, static_graph=True), PenalizedLoss(at=at)
+    report = preflight(objective, ddp, x, y)
+    assert report.ok == isinstance(at, Noise)
+    if report.ok:
+        torch.manual_seed(0)
+        objective(ddp, x, y).total.backward()
+        return
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="static_graph"):
+            objective(ddp, x, y)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_ddp_inside_of_what_cannot_be_copied_communicates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch(0)
+    ddp = DistributedDataParallel(features(nn.BatchNorm1d(8), nn.GELU(), Uncopied()))
+    F.cross_entropy(ddp(x), y).backward()
+    reducer, grad = ddp.reducer, next(ddp.parameters()).grad
+    with monkeypatch.context() as patch:
+        patch.setattr(ddp, "_sync_buffers", lambda: pytest.fail("preflight broadcasts buffers"))
+        assert checked(nn.Sequential(ddp), x, y).ok
+    assert ddp.reducer is reducer
+    assert next(ddp.parameters()).grad is grad
+    assert reducer._rebuild_buckets()
 
 
 @pytest.mark.usefixtures("_process_group")
@@ -1115,6 +1349,8 @@ def test_fsdp() -> None:
     report = checked(model, x, y)
     assert [error.where for error in report.errors] == ["0"]
     assert "reshard" in report.errors[0].fix
+    with pytest.raises(RuntimeError, match="nothing was tried"):
+        report.differentiation()
     model.set_reshard_after_backward(False, recurse=True)
     runs: list[None] = []
     handle = model.register_forward_hook(lambda *_: runs.append(None))
@@ -1122,7 +1358,9 @@ def test_fsdp() -> None:
     handle.remove()
     assert report.ok
     assert not runs
-    assert warnings_about(report, "not run by preflight")
+    assert warnings_about(report, "nothing was tried")
+    with pytest.raises(RuntimeError, match="nothing was tried"):
+        report.differentiation()
     assert penalty_trains(model, x, y)
 
 
@@ -1176,7 +1414,7 @@ class Restless(nn.Module):
         self.nested["q"].append(self.count)
         self.hidden[0](x)
         self.last, self.new = x, {"x": x}
-        return x + torch.rand_like(x)
+        return x + torch.rand_like(x) * random.random() * np.random.rand()
 
     def state(self) -> dict[str, object]:
         """All of it, in a form that can be compared."""
@@ -1211,6 +1449,11 @@ UNCHANGED: dict[str, Callable[[], nn.Module]] = {
     "step": lambda: features(nn.BatchNorm1d(8), nn.Dropout(), Restless(), Apply(torch.round)),
     "writes to x": lambda: nn.Sequential(Apply(write_to_x), features(nn.GELU())),
     "no gradient": lambda: frozen(features(nn.BatchNorm1d(8), Restless())),
+    "no copy": lambda: features(nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(), Uncopied(), Restless()),
+    "no copy, fails": lambda: features(nn.BatchNorm1d(8), nn.Dropout(), Uncopied(), nn.Hardsigmoid(), Restless()),
+    "no copy, forward raises": lambda: Apply(failing_forward, nn.BatchNorm1d(8), nn.Dropout(), Uncopied(), Restless()),
+    "script": lambda: nn.Sequential(scripted(nn.BatchNorm1d(8), nn.Dropout())),
+    "compiled in place": lambda: nn.Sequential(features(nn.BatchNorm1d(8), Restless()), compiled_in_place(CLASSES)),
 }
 
 
@@ -1246,7 +1489,7 @@ def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
         "training": {name: module.training for name, module in model.named_modules()},
         "restless": [module.state() for module in model.modules() if isinstance(module, Restless)],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        "random": {"cpu": torch.get_rng_state()} | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
+        "random": {"python": random.getstate(), "numpy": np.random.get_state()[1:3], "cpu": torch.get_rng_state()} | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     }
 

@@ -6,6 +6,7 @@ generators set back.
 
 import copy
 import random
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradreg import (
+    FGSM,
     NFGSM,
     DoubleBackward,
     FiniteDifference,
@@ -171,9 +173,40 @@ BETWEEN: dict[str, Callable[[], nn.Module]] = {
     "recurrent state": Recurrent,
     "annealed temperature": Annealed,
     "running scale": RunningScale,
+    "containers": lambda: Containers(),
     "BatchNorm": lambda: nn.BatchNorm1d(16),
     "several": lambda: nn.Sequential(_spectral(), nn.Dropout(0.3), Annealed(), Codebook(), RandomDepth()),
 }
+
+
+class Containers(nn.Module):
+    """Keeps what it has seen in a queue of limited length, in a counter, and in a dictionary of another library."""
+
+    class Strict(dict[str, float]):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("as ModelOutput of Transformers does")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue, self.counter, self.output = deque([1.0, 2.0], maxlen=2), Counter(a=3), self.Strict(scale=1.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.queue.append(self.queue[-1] * 0.5)
+        self.counter.update("ab")
+        self.output["scale"] = self.output["scale"] * 0.9
+        return h * sum(self.queue) * self.counter["a"] * self.output["scale"]
+
+
+class CentredLoss(nn.Module):
+    """A criterion that keeps a moving centre of the logits, as DINO does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(CLASSES, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        self.centre.mul_(0.5).add_(0.5 * logits.detach().mean(0))
+        return F.cross_entropy(logits - 3 * self.centre, y, reduction="none")
 
 
 class DroppingLoss(nn.Module):
@@ -209,6 +242,8 @@ def _state(module: nn.Module) -> list[Any]:
             found += [None if part.state is None else part.state.tolist(), [h.tolist() for h in part.history]]
         if isinstance(part, Annealed):
             found += [part.temperature, dict(part.calls)]
+        if isinstance(part, Containers):
+            found += [list(part.queue), part.queue.maxlen, dict(part.counter), dict(part.output)]
         if isinstance(part, OwnGenerators):
             generators = copy.deepcopy((part.python, part.numpy))
             found += [part.generators[0].get_state().tolist(), generators[0].random(), generators[1].random()]
@@ -308,6 +343,68 @@ def test_an_attack_moves_nothing_and_the_step_moves_it_once(name: str, at: Any) 
         assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(found, expected, strict=True))
     elif name == "recurrent state":
         assert len(net.between.history) == len(plain.between.history) + 1
+
+
+def test_a_criterion_moves_its_buffers_once() -> None:
+    net, (x, y), criterion = _net("nothing"), make_batch(6), CentredLoss()
+    before, after = copy.deepcopy(criterion), copy.deepcopy(criterion)
+    twins = iter((before, copy.deepcopy(criterion)))
+    expected = _by_hand(alone(net, precise=False), x, y, lambda logits, y: next(twins)(logits, y))
+    objective = PenalizedLoss(criterion, OBJECTIVE.terms, differentiation=FiniteDifference(STEP))
+    assert relative_error(_gradient(objective, net, x, y), expected) < 1e-12
+    after(net(x), y)
+    assert torch.allclose(criterion.centre, after.centre, rtol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["nothing", "dropout", "functional dropout"])
+def test_a_penalty_at_half_attacked_points_is_of_one_function(name: str, share: float) -> None:
+    """Where parts of the batch draw their own random numbers, so do they at every other point."""
+    net, (x, y) = _net(name), make_batch(6)
+    terms, at = {"p": Term(GradNormPenalty(Linf(EPS)), WEIGHT)}, NFGSM(Linf(EPS), share=share)
+    exact, close = (
+        _gradient(PenalizedLoss(terms=terms, at=at, differentiation=how), net, x, y)
+        for how in (DoubleBackward(), FiniteDifference(1e-3, scheme="central"))
+    )
+    assert relative_error(close, exact) < 1e-5
+
+
+@pytest.mark.parametrize("at", [FGSM(Linf(EPS), mode="eval"), PGDAttack(Linf(EPS), steps=2, mode="eval")])
+def test_every_step_draws_new_numbers_after_an_attack_in_evaluation_mode(at: Any) -> None:
+    net, (x, y) = _net("dropout"), make_batch(6)
+    objective = PenalizedLoss(at=at)
+    _seed()
+    logits = [objective(net, x, y).logits for _ in range(2)]
+    assert not torch.equal(*(found == 0 for found in logits)) or not torch.allclose(*logits, rtol=1e-3)
+
+
+def test_a_random_projection_is_the_same_at_every_point() -> None:
+    """The penalty of Hoffman et al. 2019, by finite differences of a score that draws random numbers."""
+
+    def projected(point: Point) -> Tensor:
+        return point.gradient(lambda logits: (logits * torch.randn_like(logits)).sum(1)).flatten(1).square().sum(1)
+
+    net, (x, y) = _net("dropout"), make_batch(6)
+    exact, close = (
+        _gradient(PenalizedLoss(terms={"p": Term(projected)}, differentiation=how), net, x, y)
+        for how in (DoubleBackward(), FiniteDifference(1e-3, Linf(EPS), "central"))
+    )
+    assert relative_error(close, exact) < 1e-5
+
+
+def test_a_teacher_that_a_forward_pass_averages_is_refused() -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = nn.Linear(72, CLASSES), nn.Linear(72, CLASSES).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for own, other in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                own.data = own.data * 0.9 + 0.1 * other.data
+            return self.student(x.flatten(1)) + self.teacher(x.flatten(1))
+
+    with pytest.raises(RuntimeError, match="teacher.weight"):
+        OBJECTIVE(Averaged().double(), *make_batch(6))
 
 
 def test_points_of_one_batch_are_one_function() -> None:

@@ -868,5 +868,6 @@ def test_a_hessian_product_is_that_of_double_backward() -> None:
         hessian = torch.func.hessian(lambda z, model=model: cross_entropy(model(z), y).sum())(x)
         expected = (hessian.flatten(4).flatten(0, 3) @ v.flatten()).view_as(v)
         assert relative_error(hessian_product(point, v).detach(), expected.detach()) < 1e-10
+    terms = {"p": Term(HessianNorm(2))}
     with pytest.raises(RuntimeError, match="DoubleBackward"):
-        hessian_product(Point(model, cross_entropy, x, y, differentiation=FiniteDifference()), v)
+        PenalizedLoss(terms=terms, differentiation=FiniteDifference(threat=Linf(0.1)))(model, x, y)

@@ -23,6 +23,8 @@ from study.noisy_differences import NoisyDifferences
 from study.points import CURVE, Points, Results, Setting, key
 from study.runs import Run, pack, stepper, unpack
 
+Batch = tuple[nn.Module, Tensor, Tensor]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -157,7 +159,7 @@ class TestNoisyDifferences:
     EPS, LOSS_WEIGHT = 0.1, 0.8
 
     @pytest.fixture
-    def batch(self) -> tuple[nn.Module, Tensor, Tensor]:
+    def batch(self) -> Batch:
         torch.manual_seed(0)
         model = build("convnet", "gelu", seed=0).double()
         return model, torch.randn(8, 1, 28, 28, dtype=torch.float64).clamp(0, 1), torch.arange(8) % 10
@@ -165,36 +167,34 @@ class TestNoisyDifferences:
     def gradients(self, model: nn.Module, total: Tensor) -> Tensor:
         return torch.cat([grad.flatten() for grad in torch.autograd.grad(total, list(model.parameters()))])
 
-    def by_hand(
-        self, model: nn.Module, x: Tensor, y: Tensor, weight: float, step: float, noise: float, bounded: bool, share: float
-    ) -> Tensor:
-        low, high = (0.0, 1.0) if bounded else (-torch.inf, torch.inf)
-        if noise:
-            x = (x + noise * self.EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(low, high)
-        drawn = torch.arange(len(x)) if share == 1 else torch.randperm(len(x))[: round(share * len(x))]
+    def by_hand(self, objective: NoisyDifferences, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        low, high = objective.bounds or (-torch.inf, torch.inf)
+        if objective.noise:
+            x = (x + objective.noise * self.EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(low, high)
+        count = round(objective.share * len(x))
+        drawn = torch.randperm(len(x))[:count] if count < len(x) else torch.arange(len(x))
         leaf = x[drawn].requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y[drawn], reduction="sum"), leaf)
-        limits = (low - x[drawn], high - x[drawn])
-        stepped = x[drawn] + step * (self.EPS * grad.sign()).clamp(*limits)
-        rise = F.cross_entropy(model(stepped), y[drawn]) - F.cross_entropy(model(x[drawn]), y[drawn])
-        return self.LOSS_WEIGHT * F.cross_entropy(model(x), y) + weight / step * rise
+        change = objective.step * (self.EPS * grad.sign()).clamp(low - x[drawn], high - x[drawn])
+        rise = F.cross_entropy(model(x[drawn] + change), y[drawn]) - F.cross_entropy(model(x[drawn]), y[drawn])
+        return self.LOSS_WEIGHT * F.cross_entropy(model(x), y) + objective.weight(0) / objective.step * rise
 
     @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
-    @pytest.mark.parametrize("bounded", [True, False])
+    @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
     @pytest.mark.parametrize(("weight", "step", "noise"), [(0.4, 1.0, 1.0), (0.6, 1.0, 0.0), (1.2, 0.25, 0.0)])
     def test_gradient_is_that_of_the_difference(
-        self, batch: tuple[nn.Module, Tensor, Tensor], weight: float, step: float, noise: float, bounded: bool, share: float
+        self, batch: Batch, weight: float, step: float, noise: float, bounds: tuple[float, float] | None, share: float
     ) -> None:
-        model, x, y = batch
-        bounds = (0.0, 1.0) if bounded else None
-        objective = NoisyDifferences(Linf(self.EPS), constant(weight), step=step, noise=noise, bounds=bounds, share=share)
+        objective = NoisyDifferences(
+            Linf(self.EPS), constant(weight), step=step, noise=noise, bounds=bounds, share=share
+        )
         torch.manual_seed(1)
-        found = self.gradients(model, objective(model, x, y, t=0).total)
+        found = self.gradients(batch[0], objective(*batch, t=0).total)
         torch.manual_seed(1)
-        expected = self.gradients(model, self.by_hand(model, x, y, weight, step, noise, bounded, share))
+        expected = self.gradients(batch[0], self.by_hand(objective, *batch))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
-    def test_without_weight_it_is_the_loss_at_noise(self, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+    def test_without_weight_it_is_the_loss_at_noise(self, batch: Batch) -> None:
         model, x, y = batch
         out = NoisyDifferences(Linf(self.EPS), constant(0.0))(model, x, y, t=0)
         assert not out.x.equal(x)
@@ -202,7 +202,7 @@ class TestNoisyDifferences:
         assert out.total.item() == pytest.approx(self.LOSS_WEIGHT * F.cross_entropy(model(out.x), y).item())
 
     @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
-    def test_n_fgsm_on_a_share_is_a_member(self, batch: tuple[nn.Module, Tensor, Tensor], share: float) -> None:
+    def test_n_fgsm_on_a_share_is_a_member(self, batch: Batch, share: float) -> None:
         model, x, y = batch
         threat = Linf(self.EPS)
         found = []
@@ -214,7 +214,7 @@ class TestNoisyDifferences:
             found.append(self.gradients(model, objective(model, x, y, t=0).total))
         torch.testing.assert_close(*found, rtol=0, atol=1e-12 * found[1].abs().max().item())
 
-    def test_samples_keep_their_places(self, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+    def test_samples_keep_their_places(self, batch: Batch) -> None:
         model, x, y = batch
         out = NoisyDifferences(Linf(self.EPS), constant(0.4), share=0.5)(model, x, y, t=0)
         torch.testing.assert_close(out.logits, model(out.x).detach())

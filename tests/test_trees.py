@@ -123,6 +123,15 @@ class TestTrees:
         assert found[0].tolist() == [1]
         assert found[1:] == (lam, weights, "mixup", None)
 
+    def test_a_list_of_targets_follows_the_samples(self) -> None:
+        """As detectors have them: a dictionary for each image, whose boxes may be as many as there are images."""
+        targets = [{"boxes": torch.rand(4, 4), "label": torch.tensor(k)} for k in range(4)]
+        rows = torch.tensor([3, 1, 0, 2]).split([1, 3])
+        parts = [taken((targets, 0.5), part, 4) for part in rows]
+        assert [entry["label"].item() for entry in parts[1][0]] == [1, 0, 2]
+        assert all(entry["boxes"].shape == (4, 4) for entry in parts[1][0])
+        assert [entry["label"].item() for entry in joined(parts, rows)[0]] == [0, 1, 2, 3]
+
     def test_tensors_of_inference_mode_are_copied(self) -> None:
         with torch.inference_mode():
             tree = {"a": torch.rand(2), "b": (torch.rand(2), 3)}

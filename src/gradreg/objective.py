@@ -217,7 +217,8 @@ class PenalizedLoss(nn.Module):
             met = model_checks.check_model(self, model, how if weights else None)
             if look:
                 checks.check_units(inputs.x, places, normalized=met is not None and met.normalizes)
-        replay = (TransformedReplay if transformed else EagerReplay)(model, inputs.x.device) if repeats else None
+        kind = TransformedReplay if transformed else EagerReplay
+        replay = kind(model, self.criterion, inputs.x.device) if repeats else None
         known: list[tuple[ClassSelector | None, Tensor]] = [] if classes is None else [(None, classes)]
         return Batch(
             model, self.criterion, inputs, y, how, self.output, self._of_classes, self.inner_scale,

@@ -1,6 +1,6 @@
 """A batch at one input under one model: what losses, penalties, attacks and measurements ask of it, computed once."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, final
@@ -114,8 +114,10 @@ class Point:
         inputs = Inputs(x, perturb)
         checks.check_input(inputs.x)
         how = DoubleBackward() if differentiation is None else differentiation
+        if how.looks_elsewhere:
+            raise ValueError(f"{how} is completed by an objective: PenalizedLoss(terms=..., differentiation={how}).")
         known, transformed = is_classification(criterion), in_transform()
-        replay = (TransformedReplay if transformed else EagerReplay)(model, inputs.x.device)
+        replay = (TransformedReplay if transformed else EagerReplay)(model, criterion, inputs.x.device)
         batch = Batch(
             model, criterion, inputs, usable(y), how, of_classes=known, index=index,
             look=look and not transformed, replay=replay,
@@ -169,7 +171,13 @@ class Point:
         Args:
             of: None for the loss; a class selector for the logit of a class; or a function of the logits.
         """
-        return self.losses if of is None else self._score_of(of)(self.logits)
+        if of is None:
+            return self.losses
+        score_of, replay = self._score_of(of), self.batch.replay
+        if replay is None or isinstance(of, ClassSelector):
+            return score_of(self.logits)
+        with replay.drawing(("score", of)):  # a function may draw random numbers: a projection
+            return without_random_numbers(score_of, self.logits)
 
     def gradient(self, of: ScoreOf = None) -> Tensor:
         r"""Every sample's gradient of its score with respect to its input, of the shape of x, in float32 at least.
@@ -207,7 +215,7 @@ class Point:
         criterion = batch.criterion if criterion is None else criterion
         if batch.replay is None:
             return criterion(logits, labels)
-        with batch.replay.drawing("criterion"):
+        with batch.replay.drawing("criterion"), batch.replay.aside(counts=not again):
             if again and torch.compiler.is_compiling():
                 return without_random_numbers(lambda found: criterion(found, labels), logits)
             return criterion(logits, labels)
@@ -311,6 +319,15 @@ class Parts(Point):
     def losses(self) -> Tensor:
         return self.once("losses", lambda: self._joined(lambda part: part.losses))
 
+    def at(self, z: Tensor, *, differentiable: bool = True) -> Point:
+        parts = [part.at(z[rows], differentiable=differentiable) for part, rows in self._pairs()]
+        return Parts(self, parts, self._rows)
+
+    def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
+        if rows is not None and len(rows) < len(self.x):
+            return super().logits_at(z, rows)
+        return joined([part.logits_at(z[of_part]) for part, of_part in self._pairs()], self._rows)
+
     def score(self, of: ScoreOf = None) -> Tensor:
         return self._joined(lambda part: part.score(of))
 
@@ -319,6 +336,9 @@ class Parts(Point):
 
     def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
         return self._joined(lambda part: part._differentiated(of, scale, create_graph, retain_graph=retain_graph))
+
+    def _pairs(self) -> Iterator[tuple[Point, Tensor]]:
+        return zip(self._parts, self._rows, strict=True)
 
     def _joined(self, values_of: Callable[[Point], Any]) -> Any:
         return joined([values_of(part) for part in self._parts], self._rows)

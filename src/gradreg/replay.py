@@ -10,10 +10,11 @@ state, temperatures that fall. :class:`Replay` records both before the first pas
 import copy
 import random
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast, final
 
 import torch
@@ -37,18 +38,21 @@ class Replay(ABC):
 
     Args:
         model: Whatever computes the logits: a module or a function. Of a function only the random numbers are known.
-        device: Where it runs.
+        criterion: What makes losses of them, a module or a function too.
+        device: Where they run.
+
+    Attributes:
+        drawn_from: By stage that has drawn random numbers: the states of the generators before it.
     """
 
+    drawn_from: dict[Hashable, tuple[Any, ...]]
     _model: Callable[..., Any]
     _device: torch.device
-    _drawn_from: dict[str, tuple[Any, ...]]  # by stage: the states of the generators before it
-    has_drawn: bool  # whether a stage has drawn random numbers, as far as that can be told
 
     def of_part(self) -> "Replay":
         """For passes over a part of the batch, which draw other numbers but find the same modules."""
         part = copy.copy(self)
-        part._drawn_from, part.has_drawn = {}, False
+        part.drawn_from = {}
         return part
 
     @abstractmethod
@@ -65,14 +69,20 @@ class Replay(ABC):
         """Give the model the buffers that its pass has moved."""
         return
 
+    def aside(self, counts: bool) -> AbstractContextManager[None]:
+        """Inside, what modules keep are copies, unless the pass counts."""
+        return nullcontext()
+
     @contextmanager
-    def drawing(self, stage: str) -> Iterator[None]:
+    def drawing(self, stage: Hashable) -> Iterator[None]:
         """The first block of a stage draws random numbers as ever. Any later one draws the same, and leaves none."""
-        start, now = self._drawn_from.get(stage), _random_states(self._device)
+        start, now = self.drawn_from.get(stage), _random_states(self._device)
         if start is None:
-            self._drawn_from[stage] = now
             yield
-            self.has_drawn |= _differ(now, _random_states(self._device))
+            if _differ(
+                now, _random_states(self._device)
+            ):  # what has drawn nothing, in evaluation mode say, does not count
+                self.drawn_from[stage] = now
             return
         try:
             _set_random_states(start, self._device)
@@ -85,23 +95,32 @@ class Replay(ABC):
 class EagerReplay(Replay):
     """For passes under autograd: any module keeps what it had, and all generators are known."""
 
-    def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
-        self._model, self._device, self._drawn_from, self.has_drawn = model, device, {}, False
-        keepers = []
-        self._frozen = False
-        for module in model.modules() if isinstance(model, nn.Module) else ():
+    def __init__(self, model: Callable[..., Any], criterion: object, device: torch.device) -> None:
+        self._model, self._device, self.drawn_from = model, device, {}
+        keepers, self._frozen = [], False
+        modules = [*(model.modules() if isinstance(model, nn.Module) else ())]
+        modules += criterion.modules() if isinstance(criterion, nn.Module) else ()
+        for module in modules:
             if isinstance(module, _NormBase):  # whose running statistics are easily kept from moving
                 self._frozen |= module.training
-            elif not type(module).__module__.startswith(_STATELESS) or module._buffers:
+            elif not type(module).__module__.startswith(_STATELESS) or not {None}.issuperset(module._buffers.values()):
                 keepers.append(module)
         self._kept = ModuleState(keepers) if keepers else None
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
-        with self.drawing("model"):
-            if counts or not (self._frozen or self._kept):
+        with self.drawing("model"), self.aside(counts):
+            if self._model in _watched or not isinstance(self._model, nn.Module):
                 return inputs.given_to(self._model, z), {}
-            with frozen_statistics(self._model), self._kept.copied() if self._kept else nullcontext():
+            with _watching_frozen_parameters(self._model):
                 return inputs.given_to(self._model, z), {}
+
+    def aside(self, counts: bool) -> AbstractContextManager[None]:
+        return nullcontext() if counts or not (self._frozen or self._kept) else self._on_copies()
+
+    @contextmanager
+    def _on_copies(self) -> Iterator[None]:
+        with frozen_statistics(self._model), self._kept.copied() if self._kept else nullcontext():
+            yield
 
 
 @final
@@ -112,8 +131,8 @@ class TransformedReplay(Replay):
     every pass gets copies of the buffers, and those of the step's own pass are taken over when the transform is done.
     """
 
-    def __init__(self, model: Callable[..., Any], device: torch.device) -> None:
-        self._model, self._device, self._drawn_from, self.has_drawn = model, device, {}, False
+    def __init__(self, model: Callable[..., Any], criterion: object, device: torch.device) -> None:
+        self._model, self._device, self.drawn_from = model, device, {}
         self._buffers = _moving_buffers(model)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
@@ -130,7 +149,7 @@ class TransformedReplay(Replay):
             return without_random_numbers(lambda z: inputs.given_to(model, z), z), {}
 
     @contextmanager
-    def drawing(self, stage: str) -> Iterator[None]:
+    def drawing(self, stage: Hashable) -> Iterator[None]:
         if torch.compiler.is_compiling():  # which has no generators to set back: see without_random_numbers
             yield
         else:
@@ -140,6 +159,36 @@ class TransformedReplay(Replay):
     def take_over(self, buffers: dict[str, Tensor]) -> None:
         for name, buffer in buffers.items():
             cast("nn.Module", self._model).get_buffer(name).copy_(buffer)
+
+
+# The models whose frozen parameters have been watched through a forward pass.
+_watched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@contextmanager
+def _watching_frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Raise if a forward pass moves frozen parameters of plain layers: those of an averaged teacher, say.
+
+    Once for each model: copies of a frozen backbone at every step would cost too much.
+    """
+    _watched.add(model)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and type(p) is nn.Parameter}
+    plain = [m for m in model.modules() if type(m).__module__.startswith(_STATELESS)]
+    own = {id(parameter) for module in plain for parameter in module._parameters.values()}
+    before = {name: _content(parameter) for name, parameter in frozen.items() if id(parameter) in own}
+    yield
+    for name, content in before.items():
+        if _content(frozen[name]) != content:
+            raise RuntimeError(
+                f"The forward pass changes the parameter {name}, as that of an averaged teacher, so that a second pass in "
+                "the same step would be another function. Update it after the step, or keep it in a buffer."
+            )
+
+
+def _content(parameter: Tensor) -> tuple[float, ...]:
+    """Two sums that hardly stay the same when the values change."""
+    values = parameter.detach().flatten().double()
+    return values.sum().item(), (values * torch.linspace(1, 2, len(values), device=values.device)).sum().item()
 
 
 def without_random_numbers(function: Callable[[Any], Any], z: Any) -> Any:
@@ -240,13 +289,16 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         result.set_state(value.get_state())
     elif isinstance(value, random.Random) or type(value).__module__.partition(".")[0] == "numpy":
         result = copy.deepcopy(value)
-    elif type(value) in (list, deque, set):
+    elif type(value) is deque:
+        result = deque((_copied(item, memo) for item in value), value.maxlen)
+    elif type(value) in (list, set):
         result = type(value)(_copied(item, memo) for item in value)
     elif type(value) is tuple:
         result = tuple(_copied(item, memo) for item in value)
     elif isinstance(value, dict):
         result = copy.copy(value)
-        result.update((key, _copied(item, memo)) for key, item in value.items())
+        for key, item in value.items():
+            dict.__setitem__(result, key, _copied(item, memo))  # that of a subclass may do something else
     else:
         return value
     memo[id(value)] = value, result  # the value too: while it lives nothing else has its id

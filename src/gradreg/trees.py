@@ -1,7 +1,8 @@
 """Inputs, labels and outputs of any structure: tensors of a batch in tuples, lists, dictionaries and named tuples.
 
-A tensor or list belongs to the samples if its length is the size of the batch, and is then cut and joined with them.
-Anything else, the mixing weight of mixup for one, belongs to the batch as a whole.
+A tensor or list belongs to the samples if its length is the size of the batch, and is then cut and joined with them (put
+what belongs together otherwise into a tuple). Anything else, the mixing weight of mixup for one, belongs to the batch as
+a whole.
 """
 
 import copy
@@ -37,7 +38,7 @@ class Inputs:
         if self.is_tensor:
             self._whole = self.x = whole
             return
-        self._whole, self._name = usable(whole), name
+        self._whole, self._name = usable(tuple(whole) if type(whole) is list else whole), name
         whole = self._whole
         entries = dict(whole) if isinstance(whole, Mapping) else dict(enumerate(whole)) if _is_list(whole) else {}
         if name is None:
@@ -61,62 +62,53 @@ class Inputs:
 
     def rows(self, rows: Tensor) -> "Inputs":
         """Those of some samples."""
-        return Inputs(taken(self._whole, rows, len(self.x)), None if self.is_tensor else self._name)
+        if self.is_tensor:
+            return Inputs(self.x[rows])
+        return Inputs(taken(self._whole, rows, len(self.x)), self._name)
 
 
 def usable(tree: Any) -> Any:
     """The tree, with copies of the tensors made under inference_mode, which cannot be saved for a backward pass."""
-    if isinstance(tree, Tensor):
-        return outside_inference_mode(tree)
-    return _mapped(lambda leaf: outside_inference_mode(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    return outside_inference_mode(tree) if isinstance(tree, Tensor) else _mapped(usable, tree)
 
 
 def detached(tree: Any) -> Any:
     """The tree, its tensors without their graphs."""
-    return _mapped(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    return tree.detach() if isinstance(tree, Tensor) else _mapped(detached, tree)
 
 
 def taken(tree: Any, rows: Tensor, count: int) -> Any:
     """The entries of some of ``count`` samples."""
-    if isinstance(tree, Tensor) and tree.ndim and len(tree) == count and tree.device == rows.device:
-        return tree[rows]
-
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf[rows.to(leaf.device)] if leaf.ndim and len(leaf) == count else leaf
-        return [leaf[row] for row in rows.tolist()] if len(leaf) == count else leaf
-
-    return _mapped(take, tree)
+    if isinstance(tree, Tensor):
+        return tree[rows.to(tree.device)] if tree.ndim and len(tree) == count else tree
+    if type(tree) is list and len(tree) == count:  # what is a list belongs to the samples, whatever is in it
+        return [tree[row] for row in rows.tolist()]
+    return _mapped(lambda branch: taken(branch, rows, count), tree)
 
 
 def joined(trees: Sequence[Any], rows: Sequence[Tensor]) -> Any:
     """The entries of all samples in their order, from those of parts of the batch."""
-    order = torch.cat(list(rows)).argsort()
-    sizes = [len(part) for part in rows]
-
-    def join(*leaves: Any) -> Any:
-        of_samples = all(leaf.ndim and len(leaf) == size for leaf, size in zip(leaves, sizes, strict=True))
-        return torch.cat(leaves)[order.to(leaves[0].device)] if of_samples else leaves[0]
-
-    return _mapped(join, *trees)
+    order, sizes = torch.cat(list(rows)).argsort(), [len(part) for part in rows]
+    if isinstance(trees[0], Tensor):
+        if any(tree.ndim == 0 or len(tree) != size for tree, size in zip(trees, sizes, strict=True)):
+            return trees[0]
+        return torch.cat(list(trees))[order.to(trees[0].device)]
+    if type(trees[0]) is list and [len(tree) for tree in trees] == sizes:
+        together = [entry for tree in trees for entry in tree]
+        return [together[row] for row in order.tolist()]
+    return _mapped(lambda *branches: joined(branches, rows), *trees)
 
 
 def _mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """The tree with ``function`` applied to its tensors, and to lists without any."""
-    if isinstance(tree, Tensor):
-        return function(tree, *others)
+    """The tree with ``function`` applied to its branches; what has none is left as it is."""
     if isinstance(tree, Mapping):
-        entries = {key: _mapped(function, tree[key], *(other[key] for other in others)) for key in tree}
-        if type(tree) is dict:
-            return entries
         result = copy.copy(tree)
-        result.update(entries)  # type: ignore[attr-defined]
+        for key in tree:
+            result[key] = function(tree[key], *(other[key] for other in others))  # type: ignore[index]
         return result
     if not _is_list(tree):
         return tree
-    if type(tree) is list and not others and not any(isinstance(entry, Tensor | Mapping | tuple) for entry in tree):
-        return function(tree)
-    items = [_mapped(function, *entries) for entries in zip(tree, *others, strict=True)]
+    items = [function(*entries) for entries in zip(tree, *others, strict=True)]
     return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gradreg import (
+    NFGSM,
+    Attack,
     EdgeAlignmentPenalty,
     FiniteDifference,
     GradNormPenalty,
@@ -56,7 +59,7 @@ def _shard(tensor: Tensor) -> Tensor:
 def _objective(**options: object) -> PenalizedLoss:
     terms = {
         "grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=1.2),
-        "edges": Term(EdgeAlignmentPenalty(sigma=0.6), weight=0.5, of=true_class()),
+        "edges": Term(EdgeAlignmentPenalty(sigma=0.6, of=true_class()), weight=0.5),
     }
     return PenalizedLoss(CRITERION, terms, loss_weight=0.8, **options)
 
@@ -132,15 +135,47 @@ def _finite_difference(**options: object) -> float:
     return _error(wrapped, _reference(objective))
 
 
-def _objective_of_one_pass(fraction: float, weight: float = 1.2) -> PenalizedLoss:
-    terms = {"grad_norm": Term(GradNormPenalty(Linf(0.1)), weight=weight)}
-    return PenalizedLoss(CRITERION, terms, differentiation=FiniteDifference(0.1, one_pass=True), fraction=fraction)
+RECOMMENDED = NFGSM(Linf(0.1), share=0.5)
+STEADY = NFGSM(Linf(0.1), noise=0.0)  # draws nothing that two ranks would draw otherwise than one
+PGD = PGDAttack(Linf(0.1), steps=2, best=False)
 
 
-def _one_pass(weight: float = 1.2, **options: object) -> float:
-    """Model and objective in one module, and the model alone wrapped; one half of each rank's samples is drawn."""
-    objective, (x, y) = _objective_of_one_pass(0.5, weight), _batch()
-    x, y = x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()  # whichever is drawn
+def _dropping() -> nn.Module:
+    model = _model()
+    model[5] = nn.Sequential(nn.SiLU(), nn.Dropout(0.3))
+    return model
+
+
+def _normalising() -> nn.Module:
+    model = _model()
+    model[1] = nn.BatchNorm2d(6).double()
+    return model
+
+
+def _at(at: Attack, make: Callable[[], nn.Module] = _model, *, outside: bool = False, **options: object) -> float:
+    """The loss where an attack goes; each rank draws numbers of its own, which one process then draws for each part."""
+    penalised = bool(options.pop("penalised", False))
+    objective = _objective(at=at) if penalised else PenalizedLoss(CRITERION, at=at)
+    x, y = _batch()
+    model = make()
+    wrapped = DistributedDataParallel(model if outside else PenalizedModel(model, objective), **options)
+    for _ in range(3):
+        wrapped.zero_grad()
+        torch.manual_seed(dist.get_rank())
+        out = objective(wrapped, _shard(x), _shard(y)) if outside else wrapped(_shard(x), _shard(y))
+        out.total.backward()
+    parts = []
+    for rank, part in enumerate(zip(x.chunk(RANKS), y.chunk(RANKS), strict=True)):
+        single = make()
+        torch.manual_seed(rank)
+        parts.append(torch.autograd.grad(objective(single, *part).total, list(single.parameters())))
+    return _error(wrapped, [sum(grads) / RANKS for grads in zip(*parts, strict=True)])
+
+
+def _half_of_equal_samples(**options: object) -> float:
+    """Whichever half of each rank's samples is attacked, it is what one process does with the whole batch."""
+    objective, (x, y) = PenalizedLoss(CRITERION, at=NFGSM(Linf(0.1), noise=0.0, share=0.5)), _batch()
+    x, y = x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()
     together = DistributedDataParallel(PenalizedModel(_model(), objective), **options)
     outside = DistributedDataParallel(_model())
     for _ in range(3):
@@ -151,6 +186,17 @@ def _one_pass(weight: float = 1.2, **options: object) -> float:
     model = _model()
     expected = list(torch.autograd.grad(objective(model, x, y).total, list(model.parameters())))
     return max(_error(together, expected), _error(outside, expected))
+
+
+def _recommended_and_accumulated() -> float:
+    """Two parts of each rank's batch, of which only the second exchanges gradients."""
+    objective, (x, y) = PenalizedLoss(CRITERION, at=NFGSM(Linf(0.1), noise=0.0)), _batch()
+    wrapped = DistributedDataParallel(PenalizedModel(_model(), objective))
+    first, second = (list(zip(_shard(x).chunk(2), _shard(y).chunk(2), strict=True))[i] for i in (0, 1))
+    with wrapped.no_sync():
+        (wrapped(*first).total / 2).backward()
+    (wrapped(*second).total / 2).backward()
+    return _error(wrapped, _reference(objective))
 
 
 def _after_an_attack() -> float:
@@ -210,14 +256,33 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp outside, static_graph": lambda: _outside(static_graph=True),
     "ddp finite differences": _finite_difference,
     "ddp finite differences, static_graph": lambda: _finite_difference(static_graph=True),
-    "ddp one pass on half of the batch": _one_pass,
-    "ddp one pass on half of the batch, static_graph": lambda: _one_pass(static_graph=True),
-    "ddp one pass on half of the batch, find_unused_parameters": lambda: _one_pass(find_unused_parameters=True),
-    "ddp one pass without the weights": lambda: _one_pass(0.1 * 0.5),
-    "ddp one pass without the weights, static_graph": lambda: _one_pass(0.1 * 0.5, static_graph=True),
-    "ddp one pass without the weights, find_unused_parameters": lambda: _one_pass(
-        0.1 * 0.5, find_unused_parameters=True
+    "ddp recommended together": lambda: _at(RECOMMENDED),
+    "ddp recommended together, static_graph": lambda: _at(RECOMMENDED, static_graph=True),
+    "ddp recommended together, find_unused_parameters": lambda: _at(RECOMMENDED, find_unused_parameters=True),
+    "ddp recommended together, tiny buckets": lambda: _at(RECOMMENDED, bucket_cap_mb=1e-4),
+    "ddp recommended together, dropout": lambda: _at(RECOMMENDED, _dropping),
+    "ddp recommended together, dropout, static_graph": lambda: _at(RECOMMENDED, _dropping, static_graph=True),
+    "ddp recommended together, BatchNorm": lambda: _at(RECOMMENDED, _normalising),
+    "ddp recommended together, with penalties": lambda: _at(RECOMMENDED, penalised=True),
+    "ddp recommended together, no_sync accumulation": _recommended_and_accumulated,
+    "ddp recommended outside": lambda: _at(RECOMMENDED, outside=True),
+    "ddp recommended outside, static_graph": lambda: _at(RECOMMENDED, outside=True, static_graph=True),
+    "ddp recommended outside, find_unused_parameters": lambda: _at(
+        RECOMMENDED, outside=True, find_unused_parameters=True
     ),
+    "ddp recommended outside, dropout": lambda: _at(RECOMMENDED, _dropping, outside=True),
+    "ddp recommended outside, BatchNorm": lambda: _at(RECOMMENDED, _normalising, outside=True),
+    "ddp recommended outside, with penalties": lambda: _at(RECOMMENDED, outside=True, penalised=True),
+    "ddp recommended on equal samples": _half_of_equal_samples,
+    "ddp recommended on equal samples, static_graph": lambda: _half_of_equal_samples(static_graph=True),
+    "ddp recommended on equal samples, find_unused_parameters": lambda: _half_of_equal_samples(
+        find_unused_parameters=True
+    ),
+    "ddp PGD together": lambda: _at(PGD),
+    "ddp PGD together, static_graph": lambda: _at(PGD, static_graph=True),
+    "ddp PGD outside": lambda: _at(PGD, outside=True),
+    "ddp PGD outside, static_graph": lambda: _at(PGD, outside=True, static_graph=True),
+    "ddp PGD outside, BatchNorm": lambda: _at(PGD, _normalising, outside=True),
     "ddp after an attack": _after_an_attack,
     "ddp kinks found by one rank": _kinks_found_by_one_rank,
     "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),
@@ -230,7 +295,16 @@ CASES: dict[str, Callable[[], float]] = {
     "fsdp2 finite differences": lambda: _sharded(
         _objective(differentiation=FiniteDifference(0.1, Linf(0.1))), lambda model: None, False
     ),
-    "fsdp2 one pass": lambda: _sharded(_objective_of_one_pass(1.0), lambda model: None, False),
+    "fsdp2 central finite differences": lambda: _sharded(
+        _objective(differentiation=FiniteDifference(0.1, Linf(0.1), "central")), lambda model: None, False
+    ),
+    "fsdp2 recommended": lambda: _sharded(PenalizedLoss(CRITERION, at=STEADY), lambda model: None, False),
+    "fsdp2 recommended, with finite differences": lambda: _sharded(
+        _objective(at=STEADY, differentiation=FiniteDifference(0.1, Linf(0.1))), lambda model: None, False
+    ),
+    "fsdp2 PGD": lambda: _sharded(
+        PenalizedLoss(CRITERION, at=replace(PGD, random_start=False)), lambda model: None, False
+    ),
 }
 
 

@@ -12,9 +12,10 @@ from distributed_worker import CASES
 
 REFUSED = {
     "ddp outside, static_graph": "PenalizedModel",
+    "ddp recommended outside, static_graph": "PenalizedModel",
+    "ddp PGD outside, static_graph": "PenalizedModel",
     "fsdp2 double backward, defaults": "set_reshard_after_backward",
     "fsdp2 double backward, reshard forgotten": "reshard()",
-    "fsdp2 one pass": "one_pass=False",
 }
 
 
@@ -55,7 +56,7 @@ def test_equals_one_process(results: list[dict[str, float | str]], case: str) ->
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_is_refused_with_the_mend(results: list[dict[str, float | str]], case: str) -> None:
+def test_is_refused_with_the_fix(results: list[dict[str, float | str]], case: str) -> None:
     for found in found_by_ranks(results, case):
         assert isinstance(found, str), found
         assert REFUSED[case] in found

@@ -130,7 +130,7 @@ class NFGSM(LossAttack):
         with grad_enabled(), modes.evaluating(point.batch.model) if self.mode == "eval" else nullcontext():
             z, rows, part = self._stepped(point, None)
         replay = part.batch.replay
-        if part is point or replay is None or not replay.has_drawn or modes.batch_norms(point.batch.model):
+        if part is point or replay is None or not replay.drawn_from or modes.batch_norms(point.batch.model):
             return point.moved_to(z, differentiable=differentiable)
         # Those that moved are to be seen by the very network that was attacked, whose random numbers are theirs alone.
         whole = point.moved_to(z)

@@ -98,7 +98,8 @@ def _looked(
         trial, works = _try(step)
         found += trial
     if step.twice:
-        found += guarded(inspect_activations(step, runs=runs and not _fails(found)), "warning")
+        with step.start.drawing("start"):
+            found += guarded(inspect_activations(step, runs=runs and not _fails(found)), "warning")
     return found, works
 
 

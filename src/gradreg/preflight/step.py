@@ -137,7 +137,7 @@ def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float
     if t is None and callable(objective.loss_weight):
         tried.loss_weight = _above_0(objective.loss_weight, t)
     device = Inputs(x, objective.perturb).x.device
-    start = EagerReplay(nn.Identity(), torch.device("cpu") if device.type == "meta" else device)
+    start = EagerReplay(nn.Identity(), None, torch.device("cpu") if device.type == "meta" else device)
     with start.drawing("start"):
         return Step(tried, model, x, y, t, start)
 
