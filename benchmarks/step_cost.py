@@ -121,7 +121,7 @@ class Method:
 
 
 exact = functools.partial(Method, double=True)
-RECOMMENDED = "recommended: N-FGSM on half"
+RECOMMENDED = "recommended (N-FGSM on half)"
 METHODS: dict[str, Method] = {
     "natural": Method(natural, 3, compiled=True),
     "GradNorm, explicit loop": exact(explicit, 6),

@@ -73,7 +73,7 @@ METHODS = {
     "edge alignment": Method(edges),
     "GradNorm, ReLU": Method(grad_norm, activation="relu"),
     "GradNorm, GELU": Method(grad_norm),
-    "recommended: N-FGSM on half": Method(recommended),
+    "recommended (N-FGSM on half)": Method(recommended),
     "N-FGSM": Method(n_fgsm),
     "PGD-3": Method(pgd),
 }

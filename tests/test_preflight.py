@@ -1009,7 +1009,7 @@ def selective(policy: CheckpointPolicy) -> nn.Module:
 
 
 def test_recommends_nothing_that_fails_too_under_selective_checkpointing() -> None:
-    model, (x, y) = selective(CheckpointPolicy.PREFER_RECOMPUTE), batch(0)
+    model, (x, y) = selective(CheckpointPolicy.MUST_SAVE), batch(0)
     report = checked(model, x, y)
     assert "selective" in report.errors[0].problem
     for differentiation in (DoubleBackward(), FiniteDifference()):
@@ -1459,7 +1459,7 @@ UNCHANGED: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("build", UNCHANGED.values(), ids=UNCHANGED)
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_changes_nothing(build: Callable[[], nn.Module], interrupted: bool, device: str) -> None:
+def test_changes_nothing(build: Callable[[], nn.Module], interrupted: bool, device: str, unchecked: None) -> None:
     def interrupt(logits: Tensor, y: Tensor) -> Tensor:
         raise KeyboardInterrupt
 

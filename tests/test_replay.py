@@ -403,8 +403,44 @@ def test_a_teacher_that_a_forward_pass_averages_is_refused() -> None:
                 own.data = own.data * 0.9 + 0.1 * other.data
             return self.student(x.flatten(1)) + self.teacher(x.flatten(1))
 
-    with pytest.raises(RuntimeError, match="teacher.weight"):
+    with pytest.raises(RuntimeError, match="teacher"):
         OBJECTIVE(Averaged().double(), *make_batch(6))
+
+
+def test_what_the_first_pass_adds_the_second_does_not_find() -> None:
+    class Lazy(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            if hasattr(self, "scale"):
+                return h * self.scale
+            self.scale = 1 + h.detach().std()
+            return h
+
+    net, (x, y) = Net(Lazy()).double(), make_batch(6)
+    expected = _by_hand(alone(net, precise=False), x, y, cross_entropy)
+    assert relative_error(_gradient(OBJECTIVE, net, x, y), expected) < 1e-12
+
+
+def test_a_loss_in_which_samples_see_each_other() -> None:
+    """A contrastive loss: a sample's loss depends on the displacements of all."""
+
+    def contrastive(features: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(features @ features.T, torch.arange(len(features)), reduction="none")
+
+    net, (x, y) = _net("nothing"), make_batch(6)
+    terms = {"p": Term(lambda point: point.gradient().flatten(1).square().sum(1), 0.5)}
+    exact, close = (
+        _gradient(PenalizedLoss(contrastive, terms, differentiation=how), net, x, y)
+        for how in (DoubleBackward(), FiniteDifference(1e-3, Linf(EPS), "central"))
+    )
+    assert relative_error(close, exact) < 1e-5
+
+
+def test_a_container_that_holds_itself() -> None:
+    net, (x, y) = _net("nothing"), make_batch(6)
+    net.between.settings = {"scale": 1.0}
+    net.between.settings["self"] = net.between.settings
+    net.register_buffer("unused", torch.zeros(1))
+    assert torch.isfinite(OBJECTIVE(net, x, y).total)
 
 
 def test_points_of_one_batch_are_one_function() -> None:

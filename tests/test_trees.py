@@ -84,7 +84,13 @@ class TestInputs:
 
     @pytest.mark.parametrize(
         ("whole", "name"),
-        [((torch.tensor([1]),), None), ({"a": torch.rand(2)}, "b"), ((torch.rand(2), 3), 1), ("x", None)],
+        [
+            ((torch.tensor([1]),), None),
+            ({"a": torch.rand(2), "b": torch.rand(2)}, None),
+            ({"a": torch.rand(2)}, "b"),
+            ((torch.rand(2), 3), 1),
+            ("x", None),
+        ],
     )
     def test_without_a_tensor_to_perturb(self, whole: Any, name: str | int | None) -> None:
         with pytest.raises(TypeError, match="perturb"):
@@ -169,7 +175,7 @@ class TestObjective:
             _gradient(OBJECTIVES[name](), model, (x, metadata), y),
             _gradient(OBJECTIVES[name](perturb=0), model, [x, metadata], y),
             _gradient(OBJECTIVES[name](perturb="image"), model, {"metadata": metadata, "image": x}, y),
-            _gradient(OBJECTIVES[name](), model, {"image": x, "scale": 1.0, "metadata": metadata}, y),
+            _gradient(OBJECTIVES[name](perturb="image"), model, {"image": x, "scale": 1.0, "metadata": metadata}, y),
         ]
         assert all(relative_error(form, forms[0]) < 1e-12 for form in forms[1:])
         if name in ("exact", "finite difference"):  # whose random numbers do not depend on the shape of x

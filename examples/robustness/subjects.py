@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from gradreg import smoothify, with_normalization
 
-TRAINED = ("natural", "edge alignment", "GradNorm, GELU", "recommended: N-FGSM on half", "PGD-3")  # in quickstart.py
+TRAINED = ("natural", "edge alignment", "GradNorm, GELU", "recommended (N-FGSM on half)", "PGD-3")  # in quickstart.py
 
 
 @dataclass(frozen=True)

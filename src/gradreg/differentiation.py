@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gradreg import checks
 from gradreg.gradients import in_transform
-from gradreg.modes import batch_norms
 from gradreg.second_derivatives import FirstDerivatives, SecondDerivatives
 from gradreg.threat_models import ThreatModel
 from gradreg.wrappers import is_compiled
@@ -119,17 +118,17 @@ class FiniteDifference(Differentiation):
               D = \frac{s(x + h u) - s(x - h u)}{2h} \;\text{(central)}
 
     with :math:`u = \partial L / \partial g` the derivative of the total L with respect to the input gradient, held
-    fixed, and h, for each sample, such that :math:`h u` has the size ``step`` in units of the threat model. The error
-    is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes over, and in
+    fixed, and h such that the largest :math:`h u_b` of a sample has the size ``step`` in units of the threat model. The
+    error is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes over, and in
     bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` :math:`h u` is ``step`` times the
-    maximiser, so that ``step=1`` looks where FGSM looks (in ``bounds`` too, unless no coordinate has room for eps).
+    maximiser, so that ``step=1`` looks where FGSM looks.
 
     It works for any function of any number of gradients, at any number of points, and where second derivatives do not
     exist: fused attention, compiled models, sharded parameters. Each gradient costs one more forward and backward pass:
     2.33 natural steps for a :class:`gradreg.GradNormPenalty`. The values of penalties are exact.
 
     All passes are one function: they draw the same random numbers and find buffers as the first pass found them, and
-    only the first one moves these. Where samples see each other (BatchNorm in training mode) all share one h.
+    only the first one moves these.
 
     Attributes:
         step: Size of the displacement in units of the threat model: 0.25 is a quarter of eps.
@@ -210,23 +209,20 @@ class FiniteDifference(Differentiation):
 
     def _difference(self, point: Point, of: Any, direction: Tensor, threat: ThreatModel) -> Tensor:
         """0, with the derivative of the score along the direction as its gradient with respect to the weights."""
-        size = threat.norm(direction)
-        if batch_norms(point.batch.model):  # a sample's score depends on all displacements, which so share one h
-            size = size.amax().expand_as(size)
-        if not in_transform() and checks.may_look(self, size, validate=False) and bool(size.isinf().any()):
+        # One h for all samples: each may see the others, through BatchNorm or a contrastive loss.
+        size = threat.norm(direction).amax()
+        if not in_transform() and checks.may_look(self, size, validate=False) and bool(size.isinf()):
             raise ValueError(
                 "FiniteDifference: the threat model's eps is 0 at inputs that the penalty moves. Give one with eps "
                 "above 0 everywhere."
             )
-        moves = size > 0
-        per_step = torch.where(moves, self.step / size.where(moves, 1.0), 0.0)
-        displacement = (per_step.view(-1, *[1] * (direction.ndim - 1)) * direction).to(point.x.dtype)
+        displacement = (direction * torch.where(size > 0, self.step / size.where(size > 0, 1.0), 0.0)).to(point.x.dtype)
         ahead = point.at(point.x + displacement, differentiable=False).score(of)
-        if self.scheme == "forward":
-            rise = (ahead - point.score(of)) / self.step
-        else:
-            rise = (ahead - point.at(point.x - displacement, differentiable=False).score(of)) / (2 * self.step)
-        derivative = torch.where(moves, rise * size, 0.0).sum()
+        behind = point.score(of)
+        if self.scheme == "central":
+            behind = point.at(point.x - displacement, differentiable=False).score(of)
+        rise = (ahead - behind).sum() / (self.step if self.scheme == "forward" else 2 * self.step)
+        derivative = torch.where(size > 0, rise * size, 0.0)
         return derivative - derivative.detach()
 
     def _unit(self, requests: Requests) -> ThreatModel:

@@ -77,7 +77,7 @@ class PenalizedLoss(nn.Module):
             is that of all samples, for penalties and criteria of one sample at a time. Not for models that normalise
             by the statistics of the batch.
         perturb: Where x is a tuple, given as ``model(*x)``, or a mapping, given as ``model(**x)``: the position or key
-            of the tensor to perturb. Default: the first one of real numbers.
+            of the tensor to perturb. Default: the first one of real numbers, in a mapping the only one.
         output: Reads from the model's output what the criterion takes. Default: its ``.logits`` or ``["logits"]`` if it
             has any, and all of it if not.
         inner_scale: Factor on a score while its input gradient is taken, divided out in float32. For float16, whose
@@ -197,7 +197,8 @@ class PenalizedLoss(nn.Module):
         checks.check_input(inputs.x)
         how = self.differentiation if weights else InputOnly()
         repeats = transformed or self.at is not None or self.fraction < 1 or how.looks_elsewhere
-        unit, places = None, list[object]([self.at])
+        unit = None
+        places: list[object] = [self.at]
         for name in weights:
             penalty = self.terms[name].penalty
             unit, repeats = (

@@ -66,8 +66,8 @@ class Point:
     r"""A batch at one input: its logits, losses and input gradients, each computed when it is first asked for.
 
     Every penalty and every statistic is a function of a point. One forward pass serves them all, and one backward pass
-    each score that is differentiated. At another input, :meth:`at`, labels, chosen classes and random numbers are the
-    same and no running statistic moves: the two are values of one function.
+    each score that is differentiated. At another input, :meth:`at`, labels and random numbers are the same and no
+    running statistic moves: the two are values of one function. Classes are chosen once, at the point that asks first.
 
     Args:
         model: The model. A module is used in the mode it is in.
@@ -195,6 +195,8 @@ class Point:
 
     def rows(self, rows: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
         """Some of the samples, as a batch of their own; see :meth:`of`."""
+        if not isinstance(rows, Tensor) or rows.dtype == torch.bool:
+            rows = torch.arange(len(self.x), device=self.x.device)[rows]
         return Point.of(self.batch.rows(rows), self.x[rows], differentiable=differentiable, counts=counts)
 
     def moved_to(self, z: Tensor, *, differentiable: bool = True) -> "Point":

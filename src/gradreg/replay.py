@@ -15,6 +15,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, cast, final
 
 import torch
@@ -22,13 +25,15 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gradreg.modes import frozen_statistics, random_state, set_random_state
-from gradreg.trees import Inputs
+from gradreg.trees import Inputs, tensors_in
 from gradreg.wrappers import is_sharded
 
 _INTERNAL = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, hooks, flags
 _PLACES = ("_buffers", "_parameters")
 # Whose modules keep nothing, unless they have buffers.
 _STATELESS = ("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit.")
+
+_MANY = 1000  # entries of a container that is a table rather than a state, and is not copied at every step
 
 Kept = dict[str, dict[str, Any]]  # by place: attributes under the empty name, buffers, parameters
 
@@ -43,8 +48,10 @@ class Replay(ABC):
 
     Attributes:
         drawn_from: By stage that has drawn random numbers: the states of the generators before it.
+        frozen: Whether there are running statistics to keep from moving.
     """
 
+    frozen: bool = False
     drawn_from: dict[Hashable, tuple[Any, ...]]
     _model: Callable[..., Any]
     _device: torch.device
@@ -97,25 +104,47 @@ class EagerReplay(Replay):
 
     def __init__(self, model: Callable[..., Any], criterion: object, device: torch.device) -> None:
         self._model, self._device, self.drawn_from = model, device, {}
-        keepers, self._frozen = [], False
+        keepers, self.frozen = [], False
         modules = [*(model.modules() if isinstance(model, nn.Module) else ())]
         modules += criterion.modules() if isinstance(criterion, nn.Module) else ()
         for module in modules:
             if isinstance(module, _NormBase):  # whose running statistics are easily kept from moving
-                self._frozen |= module.training
+                self.frozen |= module.training
             elif not type(module).__module__.startswith(_STATELESS) or not {None}.issuperset(module._buffers.values()):
                 keepers.append(module)
         self._kept = ModuleState(keepers) if keepers else None
+        self._in_doubt = isinstance(model, nn.Module) and model not in _proven and _hides_something(model, keepers)
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
         with self.drawing("model"), self.aside(counts):
-            if self._model in _watched or not isinstance(self._model, nn.Module):
-                return inputs.given_to(self._model, z), {}
-            with _watching_frozen_parameters(self._model):
-                return inputs.given_to(self._model, z), {}
+            output = inputs.given_to(self._model, z)
+        if self._in_doubt:
+            self._prove(inputs, z, output)
+        return output, {}
 
     def aside(self, counts: bool) -> AbstractContextManager[None]:
-        return nullcontext() if counts or not (self._frozen or self._kept) else self._on_copies()
+        return nullcontext() if counts or not (self.frozen or self._kept) else self._on_copies()
+
+    def _prove(self, inputs: Inputs, z: Tensor, output: Any) -> None:
+        """Once for each model: a second pass at the same input has to give the same output.
+
+        Raises:
+            RuntimeError: If not: the model keeps something where it is not looked for, such as an averaged teacher in
+                frozen parameters, or an object of another class.
+        """
+        with torch.no_grad(), self.drawing("model"), self._on_copies():
+            again = inputs.given_to(self._model, z.detach())
+        for before, after in zip(tensors_in(output), tensors_in(again), strict=True):
+            scale = before.detach().abs().amax().clamp(min=1e-6) if before.numel() else 0.0
+            if not bool(((before.detach() - after).abs() <= 1e-2 * scale).all()) and bool(before.isfinite().all()):
+                raise RuntimeError(
+                    "A second forward pass at the same input, with the same random numbers, buffers and attributes, gives "
+                    "another output: the model keeps or draws something that cannot be put back, such as an averaged "
+                    "teacher whose frozen parameters move in the forward pass. Move it after the step, or keep it in a "
+                    "buffer; penalties with DoubleBackward() alone need no second pass."
+                )
+        _proven.add(cast("nn.Module", self._model))
+        self._in_doubt = False
 
     @contextmanager
     def _on_copies(self) -> Iterator[None]:
@@ -161,34 +190,32 @@ class TransformedReplay(Replay):
             cast("nn.Module", self._model).get_buffer(name).copy_(buffer)
 
 
-# The models whose frozen parameters have been watched through a forward pass.
-_watched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# The models of which there is no doubt, or that have given the same output twice.
+_proven: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_TRANSPARENT = (
+    *(bool, int, float, complex, str, bytes, type(None), type, Enum, list, dict, set, deque, tuple, partial),
+    *(FunctionType, MethodType, BuiltinFunctionType, random.Random),
+    *(Tensor, nn.Module, Generator, torch.dtype, torch.device, torch.Size),
+)
 
 
-@contextmanager
-def _watching_frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Raise if a forward pass moves frozen parameters of plain layers: those of an averaged teacher, say.
+def _hides_something(model: nn.Module, keepers: list[nn.Module]) -> bool:
+    """Whether a forward pass may move what is not copied; if not, that is remembered.
 
-    Once for each model: copies of a frozen backbone at every step would cost too much.
+    Objects of other classes, views, large tables, and the frozen parameters of an averaged teacher.
     """
-    _watched.add(model)
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and type(p) is nn.Parameter}
-    plain = [m for m in model.modules() if type(m).__module__.startswith(_STATELESS)]
-    own = {id(parameter) for module in plain for parameter in module._parameters.values()}
-    before = {name: _content(parameter) for name, parameter in frozen.items() if id(parameter) in own}
-    yield
-    for name, content in before.items():
-        if _content(frozen[name]) != content:
-            raise RuntimeError(
-                f"The forward pass changes the parameter {name}, as that of an averaged teacher, so that a second pass in "
-                "the same step would be another function. Update it after the step, or keep it in a buffer."
-            )
-
-
-def _content(parameter: Tensor) -> tuple[float, ...]:
-    """Two sums that hardly stay the same when the values change."""
-    values = parameter.detach().flatten().double()
-    return values.sum().item(), (values * torch.linspace(1, 2, len(values), device=values.device)).sum().item()
+    if any(not parameter.requires_grad for parameter in model.parameters()):
+        return True
+    for module in keepers:
+        for name, value in vars(module).items():
+            if name in _INTERNAL or type(value).__module__.partition(".")[0] == "numpy":
+                continue
+            table = isinstance(value, list | dict | set | deque) and len(value) > _MANY
+            view = isinstance(value, Tensor) and value._base is not None
+            if table or view or not isinstance(value, _TRANSPARENT):
+                return True
+    _proven.add(model)
+    return False
 
 
 def without_random_numbers(function: Callable[[Any], Any], z: Any) -> Any:
@@ -262,7 +289,7 @@ class ModuleState:
         own = vars(module)
         if isinstance(module, torch.jit.ScriptModule):
             for name, values in kept["values"].items():
-                module.get_buffer(name).data.copy_(values)
+                dict(module.named_buffers(recurse=False))[name].data.copy_(values)
             return
         for name in [name for name in own if name not in _INTERNAL and name not in kept[""]]:
             del own[name]
@@ -280,29 +307,36 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)][1]
     result: Any = value
-    if isinstance(value, Tensor):
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
         result = value if value.requires_grad else value.detach().clone()
         if isinstance(value, nn.Parameter) and result is not value:
             result = nn.Parameter(result, requires_grad=False)
     elif isinstance(value, Generator):
         result = Generator(value.device)
         result.set_state(value.get_state())
-    elif isinstance(value, random.Random) or type(value).__module__.partition(".")[0] == "numpy":
+    elif type(value) is random.Random or type(value).__module__.partition(".")[0] == "numpy":
         result = copy.deepcopy(value)
-    elif type(value) is deque:
-        result = deque((_copied(item, memo) for item in value), value.maxlen)
-    elif type(value) in (list, set):
-        result = type(value)(_copied(item, memo) for item in value)
-    elif type(value) is tuple:
-        result = tuple(_copied(item, memo) for item in value)
-    elif isinstance(value, dict):
+    elif isinstance(value, list | deque | set | dict) and len(value) <= _MANY:
         result = copy.copy(value)
-        for key, item in value.items():
-            dict.__setitem__(result, key, _copied(item, memo))  # that of a subclass may do something else
-    else:
-        return value
+        memo[id(value)] = value, result  # at once: it may contain itself
+        _copy_content(value, result, memo)
+    elif isinstance(value, tuple):
+        items = [_copied(item, memo) for item in value]
+        result = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     memo[id(value)] = value, result  # the value too: while it lives nothing else has its id
     return result
+
+
+def _copy_content(value: Any, result: Any, memo: dict[int, Any]) -> None:
+    """Copies of the items in place of the items."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            dict.__setitem__(result, key, _copied(item, memo))  # that of a subclass may do something else
+    elif isinstance(value, set):
+        return  # what can be in a set cannot change
+    else:
+        for place, item in enumerate(value):
+            result[place] = _copied(item, memo)
 
 
 def _random_states(device: torch.device) -> tuple[Any, ...]:

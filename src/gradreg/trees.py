@@ -6,6 +6,7 @@ a whole.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -23,14 +24,15 @@ class Inputs:
 
     Args:
         whole: A tensor, or a tuple, list or mapping that holds one.
-        name: The key or the position of the tensor to perturb. Default: the first one of real numbers.
+        name: The key or the position of the tensor to perturb. Default: the first one of real numbers, or in a mapping
+            the only one.
 
     Attributes:
         x: The tensor to perturb.
         is_tensor: Whether the model is given the tensor alone.
 
     Raises:
-        TypeError: If there is no such tensor.
+        TypeError: If there is no such tensor, or a mapping has several.
     """
 
     def __init__(self, whole: Any, name: str | int | None = None) -> None:
@@ -42,8 +44,12 @@ class Inputs:
         whole = self._whole
         entries = dict(whole) if isinstance(whole, Mapping) else dict(enumerate(whole)) if _is_list(whole) else {}
         if name is None:
-            real = (key for key, entry in entries.items() if isinstance(entry, Tensor) and entry.is_floating_point())
-            self._name = next(real, None)
+            real = [key for key, entry in entries.items() if isinstance(entry, Tensor) and entry.is_floating_point()]
+            self._name = next(iter(real), None)
+            if len(real) > 1 and isinstance(whole, Mapping):
+                raise TypeError(
+                    f"x has several tensors of real numbers: say which one to perturb, perturb={real[0]!r}."
+                )
         found = entries.get(self._name)
         if not isinstance(found, Tensor):
             raise TypeError(
@@ -77,10 +83,26 @@ def detached(tree: Any) -> Any:
     return tree.detach() if isinstance(tree, Tensor) else _mapped(detached, tree)
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of the tree."""
+    found: list[Tensor] = []
+
+    def collect(branch: Any) -> Any:
+        if isinstance(branch, Tensor):
+            found.append(branch)
+            return branch
+        return _mapped(collect, branch)
+
+    collect(tree)
+    return found
+
+
 def taken(tree: Any, rows: Tensor, count: int) -> Any:
     """The entries of some of ``count`` samples."""
     if isinstance(tree, Tensor):
         return tree[rows.to(tree.device)] if tree.ndim and len(tree) == count else tree
+    if type(tree).__module__ == "numpy" and getattr(tree, "shape", ())[:1] == (count,):
+        return tree[rows.cpu().numpy()]
     if type(tree) is list and len(tree) == count:  # what is a list belongs to the samples, whatever is in it
         return [tree[row] for row in rows.tolist()]
     return _mapped(lambda branch: taken(branch, rows, count), tree)
@@ -96,11 +118,22 @@ def joined(trees: Sequence[Any], rows: Sequence[Tensor]) -> Any:
     if type(trees[0]) is list and [len(tree) for tree in trees] == sizes:
         together = [entry for tree in trees for entry in tree]
         return [together[row] for row in order.tolist()]
+    if not isinstance(trees[0], Mapping | tuple | list | str | int | float | None) and not dataclasses.is_dataclass(
+        trees[0]
+    ):
+        raise TypeError(
+            f"A {type(trees[0]).__name__} cannot be put together from parts of a batch: let the model return tensors in a "
+            "tuple, a mapping or a dataclass, or say output=..."
+        )
     return _mapped(lambda *branches: joined(branches, rows), *trees)
 
 
 def _mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """The tree with ``function`` applied to its branches; what has none is left as it is."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree)]
+        branches = {name: function(*(getattr(each, name) for each in (tree, *others))) for name in names}
+        return dataclasses.replace(tree, **branches)
     if isinstance(tree, Mapping):
         result = copy.copy(tree)
         for key in tree:

@@ -107,7 +107,7 @@ def test_step_cost_counts_and_measures_every_method(
         ("GradNorm, explicit loop", 1, 2, 2, 1),
         ("GradNorm, every 4th step", 1, 1.25, 1.25, 0.25),
         ("finite differences", 2, 3, 2, 0),
-        ("recommended: N-FGSM on half", 1.5, 1.5, 1, 0),
+        ("recommended (N-FGSM on half)", 1.5, 1.5, 1, 0),
         ("PGD-3", 4, 4, 1, 0),
         ("PGD-3, parameter gradients too", 4, 4, 4, 0),
     ],

@@ -127,7 +127,10 @@ class NFGSM(LossAttack):
         return replace(self, share=1.0, seed=self.seed if self.seed is not None else seed)
 
     def move(self, point: Point, *, differentiable: bool = True) -> Point:
-        with grad_enabled(), modes.evaluating(point.batch.model) if self.mode == "eval" else nullcontext():
+        model, replay = point.batch.model, point.batch.replay
+        # Replay keeps statistics still in forward passes; a checkpoint runs them once more in the backward pass.
+        still = modes.frozen_statistics(model) if replay is None or replay.frozen else nullcontext()
+        with grad_enabled(), still, modes.evaluating(model) if self.mode == "eval" else nullcontext():
             z, rows, part = self._stepped(point, None)
         replay = part.batch.replay
         if part is point or replay is None or not replay.drawn_from or modes.batch_norms(point.batch.model):
@@ -154,7 +157,7 @@ class NFGSM(LossAttack):
             rows = torch.randperm(len(x), device=x.device).tensor_split([count])
             threat, noisy, x = threat.rows(rows[0], x), z[rows[0]], x[rows[0]]
             point = point.rows(rows[0])
-            if bounds is not None and isinstance(bounds[0], Tensor):
+            if bounds is not None and (isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor)):
                 bounds = rows_of(bounds[0], rows[0], z), rows_of(bounds[1], rows[0], z)
         moved = noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x)
         if bounds is not None:
