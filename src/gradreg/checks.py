@@ -128,9 +128,9 @@ def check_labels(logits: Any, y: Any, *, look: bool) -> None:
         low, high = y.aminmax()
         if low < 0 or high >= classes:
             raise ValueError(
-                f"Labels run from {int(low)} to {int(high)}, and the model has {classes} classes, 0 to {classes - 1}. A "
-                "sample to be ignored (label -100) has no gradient and cannot be penalised or attacked: leave it out of "
-                "the batch."
+                f"Labels run from {int(low)} to {int(high)}, and the model has {classes} classes, 0 to {classes - 1}. "
+                "A sample to be ignored (label -100) has no gradient and cannot be penalised or attacked: leave it out "
+                "of the batch."
             )
 
 

@@ -118,17 +118,18 @@ class FiniteDifference(Differentiation):
               D = \frac{s(x + h u) - s(x - h u)}{2h} \;\text{(central)}
 
     with :math:`u = \partial L / \partial g` the derivative of the total L with respect to the input gradient, held
-    fixed, and h such that the largest :math:`h u_b` of a sample has the size ``step`` in units of the threat model. The
-    error is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes over, and in
-    bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` :math:`h u` is ``step`` times the
-    maximiser, so that ``step=1`` looks where FGSM looks.
+    fixed, and h such that the largest :math:`h u_b` of a sample has the size ``step`` in units of the threat model.
+    The error is of order ``step`` (forward) or ``step`` squared (central) in float32; far below 0.01 rounding takes
+    over, and in bfloat16 a quarter is about the least. For :class:`gradreg.GradNormPenalty` :math:`h u` is ``step``
+    times the maximiser, so that ``step=1`` looks where FGSM looks.
 
     It works for any function of any number of gradients, at any number of points, and where second derivatives do not
     exist: fused attention, compiled models, sharded parameters. Each gradient costs one more forward and backward pass:
     2.33 natural steps for a :class:`gradreg.GradNormPenalty`. The values of penalties are exact.
 
     All passes are one function: they draw the same random numbers and find buffers as the first pass found them, and
-    only the first one moves these.
+    only the first one moves these. (What a forward pass detaches, as a centre of the batch, is a constant for
+    :class:`DoubleBackward` and moves with x here. Give the model as a module: a plain function hides what it keeps.)
 
     Attributes:
         step: Size of the displacement in units of the threat model: 0.25 is a quarter of eps.

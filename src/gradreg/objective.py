@@ -69,7 +69,8 @@ class PenalizedLoss(nn.Module):
         at: Where loss and penalties are taken: None for the input itself, :class:`gradreg.Noise`, or any attack. The
             attack raises this very loss unless it has a criterion of its own. It finds the model in the mode that it
             is in, with the step's own random numbers, and moves no running statistic; ``mode="eval"`` attacks in
-            evaluation mode. One forward pass of the whole batch then trains.
+            evaluation mode. One forward pass of the whole batch then trains (two, where a part was attacked by a
+            network that draws random numbers).
         loss_weight: Factor of the loss's batch mean: a number or a schedule.
         differentiation: How the input gradients in penalties depend on the weights: :class:`gradreg.DoubleBackward`
             (exact) or :class:`gradreg.FiniteDifference`.
@@ -174,7 +175,7 @@ class PenalizedLoss(nn.Module):
             total = loss_weight * loss
             for name, weight in weights.items():
                 values = self.terms[name].penalty(part)
-                if values.shape != part.x.shape[:1]:
+                if not isinstance(values, Tensor) or values.shape != part.x.shape[:1]:
                     raise _wrong_shape(name, values, part.x)
                 total, penalties[name] = total + weight * values.mean(), values.detach()
             return total
@@ -296,14 +297,15 @@ def _check_settings(
         raise TypeError(
             f"PenalizedLoss: at is an attack or Noise, such as NFGSM(Linf(8 / 255), share=0.5); got {at!r}."
         )
-    if not isinstance(differentiation, Differentiation | None):
+    if not isinstance(differentiation, Differentiation | None) or (differentiation and differentiation.constant):
         raise TypeError(
             f"PenalizedLoss: differentiation is DoubleBackward() or FiniteDifference(0.25), got {differentiation!r}."
         )
 
 
-def _wrong_shape(name: str, values: Tensor, x: Tensor) -> ValueError:
+def _wrong_shape(name: str, values: object, x: Tensor) -> ValueError:
+    found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
     return ValueError(
-        f"PenalizedLoss: the penalty of term {name!r} returned shape {tuple(values.shape)}; expected one number per "
-        f"sample, ({len(x)},). Reduce it over all dimensions but the first."
+        f"PenalizedLoss: the penalty of term {name!r} returned {found}; expected one number per sample, ({len(x)},). "
+        "Reduce it over all dimensions but the first."
     )

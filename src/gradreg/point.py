@@ -268,7 +268,8 @@ class Point:
 
     def _call(self, z: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """The logits at z; and the buffers that have moved, as far as the model does not have them yet."""
-        batch, moved = self.batch, dict[str, Tensor]()
+        batch = self.batch
+        moved: dict[str, Tensor] = {}
         if batch.replay is None:
             output = batch.inputs.given_to(batch.model, z)
         else:

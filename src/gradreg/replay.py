@@ -33,7 +33,7 @@ _PLACES = ("_buffers", "_parameters")
 # Whose modules keep nothing, unless they have buffers.
 _STATELESS = ("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit.")
 
-_MANY = 1000  # entries of a container that is a table rather than a state, and is not copied at every step
+_MANY = 1000  # entries of a container whose entries do not change: it is a table
 
 Kept = dict[str, dict[str, Any]]  # by place: attributes under the empty name, buffers, parameters
 
@@ -108,12 +108,17 @@ class EagerReplay(Replay):
         modules = [*(model.modules() if isinstance(model, nn.Module) else ())]
         modules += criterion.modules() if isinstance(criterion, nn.Module) else ()
         for module in modules:
+            plain = type(module).__module__.startswith(_STATELESS)
             if isinstance(module, _NormBase):  # whose running statistics are easily kept from moving
                 self.frozen |= module.training
-            elif not type(module).__module__.startswith(_STATELESS) or not {None}.issuperset(module._buffers.values()):
+            if not plain or not (isinstance(module, _NormBase) or {None}.issuperset(module._buffers.values())):
                 keepers.append(module)
         self._kept = ModuleState(keepers) if keepers else None
-        self._in_doubt = isinstance(model, nn.Module) and model not in _proven and _hides_something(model, keepers)
+        self._in_doubt = (
+            isinstance(model, nn.Module)
+            and model.training not in _proven.get(model, ())
+            and _hides_something(model, keepers)
+        )
 
     def call(self, inputs: Inputs, z: Tensor, *, counts: bool) -> tuple[Any, dict[str, Tensor]]:
         with self.drawing("model"), self.aside(counts):
@@ -132,18 +137,20 @@ class EagerReplay(Replay):
             RuntimeError: If not: the model keeps something where it is not looked for, such as an averaged teacher in
                 frozen parameters, or an object of another class.
         """
+        model = cast("nn.Module", self._model)
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        before = [(parameter._version, parameter.data_ptr()) for parameter in frozen]
         with torch.no_grad(), self.drawing("model"), self._on_copies():
-            again = inputs.given_to(self._model, z.detach())
-        for before, after in zip(tensors_in(output), tensors_in(again), strict=True):
-            scale = before.detach().abs().amax().clamp(min=1e-6) if before.numel() else 0.0
-            if not bool(((before.detach() - after).abs() <= 1e-2 * scale).all()) and bool(before.isfinite().all()):
-                raise RuntimeError(
-                    "A second forward pass at the same input, with the same random numbers, buffers and attributes, gives "
-                    "another output: the model keeps or draws something that cannot be put back, such as an averaged "
-                    "teacher whose frozen parameters move in the forward pass. Move it after the step, or keep it in a "
-                    "buffer; penalties with DoubleBackward() alone need no second pass."
-                )
-        _proven.add(cast("nn.Module", self._model))
+            again = inputs.given_to(model, z.detach())
+        same = before == [(parameter._version, parameter.data_ptr()) for parameter in frozen]
+        if not (same and all(map(_alike, tensors_in(output), tensors_in(again)))):
+            raise RuntimeError(
+                "A second forward pass at the same input, with the same random numbers, buffers and attributes, gives "
+                "another output: the model keeps or draws something that cannot be put back, such as an averaged teacher "
+                "whose frozen parameters move in the forward pass. Move it after the step, or keep it in a buffer; "
+                "penalties with DoubleBackward() alone need no second pass."
+            )
+        _proven.setdefault(model, set()).add(model.training)
         self._in_doubt = False
 
     @contextmanager
@@ -190,8 +197,8 @@ class TransformedReplay(Replay):
             cast("nn.Module", self._model).get_buffer(name).copy_(buffer)
 
 
-# The models of which there is no doubt, or that have given the same output twice.
-_proven: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# The models of which there is no doubt, or that have given the same output twice, and in which modes.
+_proven: "weakref.WeakKeyDictionary[nn.Module, set[bool]]" = weakref.WeakKeyDictionary()
 _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, type(None), type, Enum, list, dict, set, deque, tuple, partial),
     *(FunctionType, MethodType, BuiltinFunctionType, random.Random),
@@ -214,8 +221,16 @@ def _hides_something(model: nn.Module, keepers: list[nn.Module]) -> bool:
             view = isinstance(value, Tensor) and value._base is not None
             if table or view or not isinstance(value, _TRANSPARENT):
                 return True
-    _proven.add(model)
+    _proven.setdefault(model, set()).add(model.training)
     return False
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are equal up to rounding."""
+    if not one.is_floating_point() or one.shape != other.shape or not bool(one.isfinite().all()):
+        return True
+    tolerance = 1e-4 if torch.finfo(one.dtype).bits >= 32 and not torch.is_autocast_enabled(one.device.type) else 1e-2
+    return torch.allclose(one.detach(), other, rtol=tolerance, atol=tolerance * max(one.abs().max().item(), 1e-30))
 
 
 def without_random_numbers(function: Callable[[Any], Any], z: Any) -> Any:
@@ -316,13 +331,15 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         result.set_state(value.get_state())
     elif type(value) is random.Random or type(value).__module__.partition(".")[0] == "numpy":
         result = copy.deepcopy(value)
-    elif isinstance(value, list | deque | set | dict) and len(value) <= _MANY:
+    elif isinstance(value, list | deque | set | dict):
         result = copy.copy(value)
         memo[id(value)] = value, result  # at once: it may contain itself
-        _copy_content(value, result, memo)
+        if len(value) <= _MANY:
+            _copy_content(value, result, memo)
     elif isinstance(value, tuple):
         items = [_copied(item, memo) for item in value]
-        result = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if any(item is not own for item, own in zip(items, value, strict=True)):
+            result = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     memo[id(value)] = value, result  # the value too: while it lives nothing else has its id
     return result
 

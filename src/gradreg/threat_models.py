@@ -196,7 +196,7 @@ class Linf(ThreatModel):
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         eps = self._eps_like(delta)
         inside = torch.minimum(torch.maximum(delta, -eps), eps) if isinstance(eps, Tensor) else delta.clamp(-eps, eps)
-        return inside if box is None else inside.clamp_(*box)  # in place: it is a new tensor
+        return inside if box is None else clamped_(inside, box)  # in place: it is a new tensor
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
         noise = torch.empty_like(x, memory_format=torch.contiguous_format).uniform_(-1, 1, generator=generator)

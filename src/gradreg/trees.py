@@ -1,8 +1,8 @@
 """Inputs, labels and outputs of any structure: tensors of a batch in tuples, lists, dictionaries and named tuples.
 
-A tensor or list belongs to the samples if its length is the size of the batch, and is then cut and joined with them (put
-what belongs together otherwise into a tuple). Anything else, the mixing weight of mixup for one, belongs to the batch as
-a whole.
+A tensor or list belongs to the samples if its length is the size of the batch, and is then cut and joined with them
+(what belongs together otherwise goes into a tuple). Anything else, the mixing weight of mixup for one, belongs to the
+batch as a whole.
 """
 
 import copy
@@ -118,9 +118,8 @@ def joined(trees: Sequence[Any], rows: Sequence[Tensor]) -> Any:
     if type(trees[0]) is list and [len(tree) for tree in trees] == sizes:
         together = [entry for tree in trees for entry in tree]
         return [together[row] for row in order.tolist()]
-    if not isinstance(trees[0], Mapping | tuple | list | str | int | float | None) and not dataclasses.is_dataclass(
-        trees[0]
-    ):
+    simple = isinstance(trees[0], Mapping | tuple | list | str | int | float | None)
+    if not (simple or dataclasses.is_dataclass(trees[0])):
         raise TypeError(
             f"A {type(trees[0]).__name__} cannot be put together from parts of a batch: let the model return tensors in a "
             "tuple, a mapping or a dataclass, or say output=..."

@@ -23,8 +23,8 @@ from gradreg.trees import Inputs, taken
 class Attack(ABC):
     """A configuration that turns a batch into a perturbed batch: ``attack(model, x, y) -> x_adv``.
 
-    It stores no model and has no state. No parameter's ``.grad``, no running statistic and no module's mode is changed
-    (a model given as a function hides its modules: give an ``nn.Module`` where there is one).
+    It stores no model and has no state. No parameter's ``.grad``, no running statistic of a normalisation layer and no
+    module's mode is changed (a model given as a function hides its modules: give an ``nn.Module`` where there is one).
 
     Attributes:
         threat: The perturbations allowed, in the units of x.
@@ -126,6 +126,7 @@ class Attack(ABC):
         """The batch to attack, by passes that draw random numbers of their own, as a randomised defence does."""
         if isinstance(y, Tensor):
             y = outside_inference_mode(y).to(x.device)
+        checks.check_input(x)
         look = may_look(self, x)
         batch = Batch(model, cross_entropy, Inputs(x), y, InputOnly(), of_classes=True, look=look)
         return Point.of(batch, x, counts=False)

@@ -69,8 +69,16 @@ class FGSM(LossAttack):
     def name(self) -> str:
         return f"FGSM {self._loss_name()}".strip()
 
+    def perturb(self, point: Point) -> Tensor:
+        """The perturbed inputs of a point, whose own pass serves for the gradient if it is in the mode to attack in."""
+        if self.mode == "keep" and point.counts:
+            _ = point.losses  # here, as statistics do not move while an attack runs
+        return super().perturb(point)
+
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x = point.x
+        if self.mode == "eval":
+            point = point.at(x)
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
         box = None if self.bounds is None else room(x, self.bounds)
         return self._moved(x, self.threat.ascent(self._slope(point), torch.zeros_like(x), box))

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_map
 from gradreg.copies import alone, promoted
 from gradreg.differentiation import Differentiation
 from gradreg.model_checks import check_model
+from gradreg.modes import random_state, replayed
 from gradreg.objective import PenalizedLoss, PenalizedOutput
 from gradreg.point import Batch
 from gradreg.replay import EagerReplay, ModuleState
 from gradreg.trees import Inputs
 
+Kind = TypeVar("Kind")
 _TIMES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # at which a scheduled weight may be above 0
 
 
@@ -137,9 +139,11 @@ def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float
     if t is None and callable(objective.loss_weight):
         tried.loss_weight = _above_0(objective.loss_weight, t)
     device = Inputs(x, objective.perturb).x.device
-    start = EagerReplay(nn.Identity(), None, torch.device("cpu") if device.type == "meta" else device)
-    with start.drawing("start"):
-        return Step(tried, model, x, y, t, start)
+    device = torch.device("cpu") if device.type == "meta" else device
+    start = EagerReplay(nn.Identity(), None, device)
+    with replayed(random_state(device), device), start.drawing("start"):
+        torch.rand(())  # a stage that draws nothing is not remembered
+    return Step(tried, model, x, y, t, start)
 
 
 def _above_0(weight_at: Callable[[Any], float], t: float | None) -> float:
@@ -155,16 +159,18 @@ def _above_0(weight_at: Callable[[Any], float], t: float | None) -> float:
 @contextmanager
 def _left_as_found(whole: nn.Module) -> Iterator[None]:
     """Run a model itself, without gradients from before and without DDP's communication; then put everything back."""
-    parallel = [module for module in whole.modules() if isinstance(module, DistributedDataParallel)]
+    held = nn.ModuleList(held for module in whole.modules() for held in instances_in(vars(module), nn.Module))
+    modules = [*held.modules()]  # those in lists of no ModuleList too
+    parallel = [module for module in modules if isinstance(module, DistributedDataParallel)]
     attributes = [dict(vars(ddp)) for ddp in parallel]
-    before = [(parameter, parameter.grad, parameter.detach().clone()) for parameter in whole.parameters()]
-    flags = [(module, module.training) for module in whole.modules()]
+    before = [(parameter, parameter.grad, parameter.detach().clone()) for parameter in held.parameters()]
+    flags = [(module, module.training) for module in modules]
     try:
         for parameter, *_ in before:
             parameter.grad = None
         for ddp in parallel:
             vars(ddp).update(require_backward_grad_sync=False, require_forward_param_sync=False, reducer=_Idle())
-        with ModuleState([module for module in whole.modules() if module not in parallel]).copied():
+        with ModuleState([module for module in modules if module not in parallel]).copied():
             yield
     finally:
         for ddp, own in zip(parallel, attributes, strict=True):
@@ -185,13 +191,18 @@ class _Idle:
         return False
 
 
-def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, dictionaries and dataclasses."""
+def instances_in(value: object, kind: type[Kind], seen: set[int] | None = None) -> Iterator[Kind]:
+    """The tensors, say, in nested tuples, lists, dictionaries and dataclasses, but not in modules."""
     seen = set() if seen is None else seen  # a container may hold itself
-    if isinstance(value, Tensor):
+    if isinstance(value, kind):
         yield value
     elif id(value) not in seen and not isinstance(value, nn.Module | type):
         seen.add(id(value))
         items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         for item in [getattr(value, each.name, None) for each in fields(value)] if is_dataclass(value) else items:
-            yield from tensors_in(item, seen)
+            yield from instances_in(item, kind, seen)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in a structure."""
+    return instances_in(value, Tensor)
