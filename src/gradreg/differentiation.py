@@ -129,7 +129,8 @@ class FiniteDifference(Differentiation):
 
     All passes are one function: they draw the same random numbers and find buffers as the first pass found them, and
     only the first one moves these. (What a forward pass detaches, as a centre of the batch, is a constant for
-    :class:`DoubleBackward` and moves with x here. Give the model as a module: a plain function hides what it keeps.)
+    :class:`DoubleBackward` and moves with x here. Give the model as a module: a plain function hides what it keeps.
+    Checkpointing repeats a forward pass in the backward pass, and finds buffers as they are by then.)
 
     Attributes:
         step: Size of the displacement in units of the threat model: 0.25 is a quarter of eps.

@@ -146,9 +146,9 @@ class EagerReplay(Replay):
         if not (same and all(map(_alike, tensors_in(output), tensors_in(again)))):
             raise RuntimeError(
                 "A second forward pass at the same input, with the same random numbers, buffers and attributes, gives "
-                "another output: the model keeps or draws something that cannot be put back, such as an averaged teacher "
-                "whose frozen parameters move in the forward pass. Move it after the step, or keep it in a buffer; "
-                "penalties with DoubleBackward() alone need no second pass."
+                "another output: the model keeps or draws something that cannot be put back, such as an averaged "
+                "teacher whose frozen parameters move in the forward pass. Move it after the step, or keep it in a "
+                "buffer; penalties with DoubleBackward() alone need no second pass."
             )
         _proven.setdefault(model, set()).add(model.training)
         self._in_doubt = False
