@@ -1,5 +1,6 @@
 """Small models and batches that the tests share."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from gradreg import (
     linear_ramp,
     true_class,
 )
+
+import passes
 
 CLASSES = 4
 per_sample_cross_entropy = nn.CrossEntropyLoss(reduction="none")
@@ -97,6 +100,16 @@ def soft_labels(y: Tensor, dtype: torch.dtype = torch.float64, smoothing: float 
 def parameters_of(model: nn.Module) -> list[Tensor]:
     """The trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def passes_of_a_step(model: nn.Module, step: Callable[[nn.Module], object], samples: int) -> dict[str, float]:
+    """Passes through the model for each sample, by kind, of a step that is not the first one.
+
+    The first step with a model of the user's own has more of them: it proves that two passes are one function.
+    """
+    once = passes.count(copy.deepcopy(model), step, samples)
+    twice = passes.count(model, lambda probe: (step(probe), step(probe)), samples)
+    return {kind: twice[kind] - once[kind] for kind in passes.KINDS}
 
 
 def relative_error(found: Tensor | list[Tensor], expected: Tensor | list[Tensor]) -> float:

@@ -27,8 +27,7 @@ from gradreg import (
     true_class,
 )
 
-import passes
-from cases import make_batch, make_model, parameters_of, per_sample_cross_entropy, relative_error
+from cases import make_batch, make_model, parameters_of, passes_of_a_step, per_sample_cross_entropy, relative_error
 
 
 def _total_gradient(
@@ -189,9 +188,8 @@ def test_each_gradient_costs_one_more_pass_or_two(name: str, gradients: int, sch
     objective = PenalizedLoss(
         per_sample_cross_entropy, CASES[name], differentiation=FiniteDifference(0.25, Linf(0.05), scheme)
     )
-    found = passes.count(
-        make_model("conv", torch.float32), lambda model: objective(model, x, y).total.backward(), len(x)
-    )
+    model = make_model("conv", torch.float32)
+    found = passes_of_a_step(model, lambda probe: objective(probe, x, y).total.backward(), len(x))
     points = 2 if name == "gradients at two points" else 1
     more = gradients * (1 if scheme == "forward" else 2)
     assert found["forward"] == points + more

@@ -32,7 +32,7 @@ from gradreg.criteria import cross_entropy
 from gradreg.differentiation import DoubleBackward, FiniteDifference
 from gradreg.normalization import with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, Term
-from gradreg.penalties import EdgeAlignmentPenalty, GradientPenalty, GradNormPenalty
+from gradreg.penalties import GradientPenalty, GradNormPenalty
 from gradreg.point import Point
 from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.schedules import linear_ramp
@@ -147,7 +147,9 @@ def swin() -> nn.Module:
 
 
 def compiled_in_place(inputs: int = 8) -> nn.Module:
-    model = Apply(lambda x, net: net(x), nn.Sequential(nn.Linear(inputs, 8), features(nn.GELU())))  # not every torch compiles an nn.Sequential itself
+    model = Apply(
+        lambda x, net: net(x), nn.Sequential(nn.Linear(inputs, 8), features(nn.GELU()))
+    )  # not every torch compiles an nn.Sequential itself
     model.compile(backend="aot_eager")
     return model
 
@@ -421,9 +423,7 @@ FAILING = {
     "once_differentiable": Fails(
         lambda: features(Apply(Square.apply)), "1", "once_differentiable", replaced(1, Apply(torch.square))
     ),
-    "all frozen": Fails(
-        lambda: frozen(features(nn.GELU())), "", "frozen", lambda model: model.requires_grad_()
-    ),
+    "all frozen": Fails(lambda: frozen(features(nn.GELU())), "", "frozen", lambda model: model.requires_grad_()),
     "penalty moves nothing": Fails(
         lambda: Apply(lambda x, net, spare: net(x), frozen(features(nn.GELU())), nn.Linear(1, 1)),
         "the penalty 'grad_norm'",
@@ -1489,7 +1489,8 @@ def state_of(model: nn.Module, x: Tensor) -> dict[str, object]:
         "training": {name: module.training for name, module in model.named_modules()},
         "restless": [module.state() for module in model.modules() if isinstance(module, Restless)],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        "random": {"python": random.getstate(), "numpy": np.random.get_state()[1:3], "cpu": torch.get_rng_state()} | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
+        "random": {"python": random.getstate(), "numpy": np.random.get_state()[1:3], "cpu": torch.get_rng_state()}
+        | {"cuda": torch.cuda.get_rng_state() if x.is_cuda else None},
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     }
 

@@ -32,6 +32,7 @@ Point = Any  # gradreg.Point, which stands in a higher layer
 class Requests:
     """The input gradients that were asked for in a step."""
 
+    replay: Any = None  # gradreg.replay.Replay: makes what is computed twice draw the same random numbers
     unit: ThreatModel | None = None  # in which a step is measured, where a differentiation has none of its own
     taken: list[tuple[Point, Any, Tensor]] = field(default_factory=list)  # point, score, gradient
     offsets: list[Tensor] = field(default_factory=list)  # in a transform: what makes the gradients differentiable
@@ -181,12 +182,14 @@ class FiniteDifference(Differentiation):
         return grad
 
     def completed(self, total_of_terms: Callable[[], Tensor], requests: Requests) -> Tensor:
-        total = total_of_terms()
+        transformed = in_transform()
+        with requests.replay.drawing("terms") if transformed else nullcontext():
+            total = total_of_terms()
         taken = list(requests.taken)
         if not taken:
             return total
         grads = [grad for *_, grad in taken]
-        if in_transform():
+        if transformed:
             directions = self._directions_in_transform(total_of_terms, requests, grads)
         else:
             directions = torch.autograd.grad(total, grads, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -202,7 +205,8 @@ class FiniteDifference(Differentiation):
 
         def total_with(offsets: list[Tensor]) -> Tensor:
             requests.taken, requests.offsets = [], offsets
-            return total_of_terms()
+            with requests.replay.drawing("terms"):
+                return total_of_terms()
 
         pulled: Any = torch.func.vjp(total_with, [torch.zeros_like(grad) for grad in grads])
         total, pull_back = pulled

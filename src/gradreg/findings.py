@@ -18,8 +18,8 @@ class Finding:
     """One thing that :func:`gradreg.preflight` found.
 
     Attributes:
-        severity: ``"error"``: the step raises, trains nothing, or trains wrongly. ``"warning"``: it works, but hardly as
-            intended.
+        severity: ``"error"``: the step raises, trains nothing, or trains wrongly. ``"warning"``: it works, but hardly
+            as intended.
         where: Qualified names of the modules, as in ``model.named_modules()``, joined by commas; ``"the criterion"``;
             ``"the penalty 'name'"``; empty for the model or the batch as a whole.
         problem: What is wrong.
@@ -66,8 +66,8 @@ def _warning(problem: str, fix: str = "") -> Finding:
 
 
 _INSTEAD = (
-    "Or use differentiation=FiniteDifference(), which needs no second derivative. gradreg.preflight(objective, model, x, "
-    "y) names the modules, and says what works."
+    "Or use differentiation=FiniteDifference(), which needs no second derivative. gradreg.preflight(objective, model, "
+    "x, y) names the modules, and says what works."
 )
 CRITERION = "the criterion"
 _EPSILON = "Keep norms, square roots and divisions away from 0 by an epsilon."
@@ -108,8 +108,8 @@ UNCOPIED = _warning(
 # Distributed training
 
 STATIC_GRAPH = _error(
-    "with DistributedDataParallel(static_graph=True), an input gradient taken outside of the wrapped forward pass stops "
-    "gradients from being synchronised, without an error.",
+    "with DistributedDataParallel(static_graph=True), an input gradient taken outside of the wrapped forward pass "
+    "stops gradients from being synchronised, without an error.",
     "Wrap model and objective together: DistributedDataParallel(PenalizedModel(model, objective), static_graph=True).",
 )
 FREED_PARAMETERS = _error(
@@ -140,8 +140,8 @@ BATCH_STATISTICS = _warning(
 )
 FREEZE = "Or set them to evaluation mode, as the thesis does."
 PIECEWISE_LINEAR = _warning(
-    "{count} activations are piecewise linear ({example}, ...): their second derivative is 0 almost everywhere, and the "
-    "penalty is known to collapse.",
+    "{count} activations are piecewise linear ({example}, ...): their second derivative is 0 almost everywhere, and "
+    "the penalty is known to collapse.",
     "Train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches.",
 )
 NOT_SMOOTH = _warning("{kinds} is not smooth: {reason}.")
@@ -171,8 +171,8 @@ SELECTIVE = _error(
 )
 ONLY_ONCE = _error(
     "{operation} cannot be differentiated twice{reason}.",
-    "If it is an activation, train smoothify(model). If it is an autograd.Function, write its backward of differentiable "
-    "operations, without once_differentiable.",
+    "If it is an activation, train smoothify(model). If it is an autograd.Function, write its backward of "
+    "differentiable operations, without once_differentiable.",
 )
 NO_DERIVATIVE = _error("{operation} has no derivative{reason}.", "Replace it on the way from x to the loss.")
 KEPT = _error(
@@ -184,11 +184,13 @@ KEPT = _error(
 
 # What a step does
 
-RAISES = _error("the forward pass raises {error}", "Fix this first; it fails without a penalty too.")
-RAISES_ELSEWHERE = _error("a forward pass that {place} asks for raises {error}")
-CRITERION_RAISES = _error("it raises {error}", "Fix this first; it fails without a penalty too.")
-PENALTY_RAISES = _error("it raises {error}", "Try it alone: penalty(Point(model, criterion, x, y)).")
-BACKWARD_RAISES = _error("{which} raises {error}")
+RAISES = {
+    "model": _error("the forward pass raises {error}", "Fix this first; it fails without a penalty too."),
+    "criterion": _error("it raises {error}", "Fix this first; it fails without a penalty too."),
+    "penalty": _error("it raises {error}", "Try it alone: penalty(Point(model, criterion, x, y))."),
+    "backward": _error("the backward pass raises {error}"),
+    "": _error("{error}"),
+}
 NO_GRAPH = _error("its losses carry no graph.", "Compute them from the logits by differentiable steps.")
 INDEPENDENT = _error(
     "the logits do not depend on x: the graph ends on the way.",
@@ -214,8 +216,8 @@ INACTIVE = _warning(
     "the penalty is 0 on this batch, and so is its gradient: what it trains was not tried.", "Try other samples."
 )
 BLANK = _warning(
-    "its weight is 0, as of a fresh classifier: nothing of the loss reaches x before the optimiser's first step. The rest "
-    "was tried with random numbers instead.",
+    "its weight is 0, as of a fresh classifier: nothing of the loss reaches x before the optimiser's first step. The "
+    "rest was tried with random numbers instead.",
     "For training from scratch nothing has to be done. Otherwise look at the checkpoint.",
 )
 SATURATED = _warning(
@@ -231,7 +233,7 @@ WRONG = _error(
 RECOMPUTED = _error(
     "double backward is not the derivative of the input gradient, and this is not that of the loss: what the backward "
     "pass computes again, as checkpointing does, is not what the forward pass computed.",
-    "Do not change what checkpointed code computes: enter modes and contexts inside of the checkpointed function, leave "
-    "preserve_rng_state=True, or do without checkpointing.",
+    "Do not change what checkpointed code computes: enter modes and contexts inside of the checkpointed function, "
+    "leave preserve_rng_state=True, or do without checkpointing.",
 )
 NOT_LOOKED_AT = _warning("preflight could not look further: {error}")

@@ -224,7 +224,7 @@ class PenalizedLoss(nn.Module):
         known: list[tuple[ClassSelector | None, Tensor]] = [] if classes is None else [(None, classes)]
         return Batch(
             model, self.criterion, inputs, y, how, self.output, self._of_classes, self.inner_scale,
-            look=look, checked=True, met=met, replay=replay, requests=Requests(unit), classes=known,
+            look=look, checked=True, met=met, replay=replay, requests=Requests(replay, unit), classes=known,
         )  # fmt: skip
 
     def _split(self, whole: Point) -> tuple[Point, Point]:

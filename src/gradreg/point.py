@@ -306,7 +306,9 @@ class _TransformedPoint(Point):
 
     def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
         logits, score_of = self.logits, self._score_of(of)
-        (grad,) = self._pull_back(torch.func.grad(lambda found: scale * score_of(found).sum())(logits))
+        replay = self.batch.replay
+        with nullcontext() if replay is None or of is None else replay.drawing(("score", of)):
+            (grad,) = self._pull_back(torch.func.grad(lambda found: scale * score_of(found).sum())(logits))
         return grad
 
 

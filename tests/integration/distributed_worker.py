@@ -69,6 +69,19 @@ def _reference(objective: PenalizedLoss) -> list[Tensor]:
     return list(torch.autograd.grad(objective(model, x, y).total, list(model.parameters())))
 
 
+def _reference_by_parts(objective: PenalizedLoss, make: Callable[[], nn.Module] = _model) -> list[Tensor]:
+    """One process that goes through the parts of all ranks, with the random numbers of each.
+
+    For what depends on who is in a batch: random numbers, and the step of a finite difference, which is one for all.
+    """
+    gradients = []
+    for rank, part in enumerate(zip(*(tensor.chunk(RANKS) for tensor in _batch()), strict=True)):
+        single = make()
+        torch.manual_seed(rank)
+        gradients.append(torch.autograd.grad(objective(single, *part).total, list(single.parameters())))
+    return [sum(parts) / RANKS for parts in zip(*gradients, strict=True)]
+
+
 def _error(model: nn.Module, expected: list[Tensor]) -> float:
     largest = max(value.abs().max().item() for value in expected)
     found = [parameter.grad for parameter in model.parameters()]
@@ -132,7 +145,7 @@ def _finite_difference(**options: object) -> float:
     for _ in range(2):
         wrapped.zero_grad()
         wrapped(_shard(x), _shard(y)).total.backward()
-    return _error(wrapped, _reference(objective))
+    return _error(wrapped, _reference_by_parts(objective))
 
 
 RECOMMENDED = NFGSM(Linf(0.1), share=0.5)
@@ -164,12 +177,7 @@ def _at(at: Attack, make: Callable[[], nn.Module] = _model, *, outside: bool = F
         torch.manual_seed(dist.get_rank())
         out = objective(wrapped, _shard(x), _shard(y)) if outside else wrapped(_shard(x), _shard(y))
         out.total.backward()
-    parts = []
-    for rank, part in enumerate(zip(x.chunk(RANKS), y.chunk(RANKS), strict=True)):
-        single = make()
-        torch.manual_seed(rank)
-        parts.append(torch.autograd.grad(objective(single, *part).total, list(single.parameters())))
-    return _error(wrapped, [sum(grads) / RANKS for grads in zip(*parts, strict=True)])
+    return _error(wrapped, _reference_by_parts(objective, make))
 
 
 def _half_of_equal_samples(**options: object) -> float:
@@ -223,7 +231,8 @@ def _sharded(objective: PenalizedLoss, prepare: Callable[[nn.Module], None], res
             for module in model.modules():
                 if hasattr(module, "reshard"):
                     module.reshard()
-        objective(single, x, y).total.backward()
+        for part in zip(x.chunk(RANKS), y.chunk(RANKS), strict=True):
+            (objective(single, *part).total / RANKS).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """Preflight: a training step is tried before training, on copies: what breaks it, in which module, and what to do."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +33,8 @@ def preflight(
     looked at; and if it takes second derivatives, these are held against finite differences in double precision,
     because some backward passes lose them without an error.
 
-    If second derivatives fail, the same step is tried with :class:`gradreg.FiniteDifference`. Only if that works do
-    the fixes and :meth:`PreflightReport.differentiation` name it. A term whose weight is 0 at t is tried with its
-    weight of another time.
-
-    What it finds:
+    If second derivatives fail, the same step is tried with :class:`gradreg.FiniteDifference`, which is recommended only
+    if it works. A term whose weight is 0 at t is tried with its weight of another time. What is found:
 
     * of the **batch**: token ids, NaN, labels and units that do not fit, a saturated loss;
     * of the **model**: no values, nothing to train, quantised layers; an input that is cut off from the logits, by a
@@ -48,8 +46,8 @@ def preflight(
 
     No exception leaves it; each becomes a finding. Model, batch and random numbers stay as they are, also if the step
     fails. A model that cannot be copied is run itself, and put back. What a forward pass writes elsewhere stays: in
-    globals, or in files. It costs a few steps on the batch, up to ten passes in double precision, memory for copies, and
-    a run of :func:`find_nonsmooth`. DDP communicates nothing meanwhile.
+    globals, or in files. It costs a few steps, up to ten passes in double precision, memory for copies, and a run of
+    :func:`find_nonsmooth`. DDP communicates nothing meanwhile.
 
     Args:
         objective: The objective.
@@ -71,22 +69,25 @@ def preflight(
         warning: 1: ReLU is not smooth: ...
           fix: Train smoothify(model)...
     """
+    found: list[Finding] = []
+    works: Differentiation | None = None
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            found, works = _looked(objective, model, x, y, t)
+            works = _look(objective, model, (x, y, t), found)
         except Exception as error:  # x holds no tensor, a schedule raises
-            found, works = [Finding("error", "", str(error))], None
+            found.append(Finding("error", "", str(error) or repr(error)))
     return PreflightReport(tuple(sorted(found, key=lambda finding: finding.severity == "warning")), works)
 
 
-def _looked(
-    objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float | None
-) -> tuple[list[Finding], Differentiation | None]:
-    """What is found, and what works."""
+def _look(
+    objective: PenalizedLoss, model: nn.Module, batch: tuple[Any, Any, float | None], found: list[Finding]
+) -> Differentiation | None:
+    """Add what is found, and return what works."""
     if not isinstance(objective, PenalizedLoss) or not isinstance(model, nn.Module):
-        return [table.NOT_AN_OBJECTIVE.at(objective=type(objective).__name__, model=type(model).__name__)], None
-    step, works = step_of(objective, model, x, y, t), None
-    found = list(guarded(inspect(step), "warning"))
+        found.append(table.NOT_AN_OBJECTIVE.at(objective=type(objective).__name__, model=type(model).__name__))
+        return None
+    step, works = step_of(objective, model, *batch), None
+    found += guarded(inspect(step), "warning")
     runs = not _fails(found) and not any(map(is_sharded, model.modules()))
     if runs:
         try:
@@ -95,29 +96,32 @@ def _looked(
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             found.append(table.UNCOPIED.at(error=error))
             step = replace(step, in_place=True)
-        trial, works = _try(step)
-        found += trial
+        works = _try(step, found)
     if step.twice:
         with step.start.drawing("start"):
             found += guarded(inspect_activations(step, runs=runs and not _fails(found)), "warning")
-    return found, works
+    return works
 
 
-def _try(step: Step) -> tuple[list[Finding], Differentiation | None]:
-    """What a trial finds, and what works: the step as it is, or with finite differences."""
-    found = list(guarded(tried(step), "error"))
-    if not _fails(found) or not step.twice:
-        return found, None if _fails(found) else step.objective.differentiation
-    threat = None
-    if not any(getattr(term.penalty, "threat", None) for term in step.objective.terms.values()):
-        low, high = step.inputs.x.detach().aminmax()
-        threat = Linf(float(f"{0.01 * (high - low).item() or 0.01:.2g}"))  # a hundredth of x's range
-    instead = FiniteDifference(threat=threat)
-    if _fails(list(guarded(tried(step.by(instead)), "error"))):
-        return found, None
-    unit = "" if threat is None else f"threat={threat}"
-    also = f"Or use differentiation=FiniteDifference({unit}), which was tried and works."
-    return [replace(one, fix=f"{one.fix} {also}".strip()) if one.severity == "error" else one for one in found], instead
+def _try(step: Step, found: list[Finding]) -> Differentiation | None:
+    """Try a step as it is, or else with finite differences."""
+    trial = list(guarded(tried(step), "error"))
+    works = None if _fails(trial) else step.objective.differentiation
+    if works is None and step.twice:
+        unit = ""
+        instead = FiniteDifference()
+        if not any(getattr(term.penalty, "threat", None) for term in step.objective.terms.values()):
+            low, high = step.inputs.x.detach().aminmax()
+            ball = Linf(float(f"{0.01 * (high - low).item() or 0.01:.2g}"))  # a hundredth of x's range
+            instead, unit = FiniteDifference(threat=ball), f"threat={ball}"
+        objective = copy.copy(step.objective)
+        objective.differentiation = instead
+        if not _fails(list(guarded(tried(replace(step, objective=objective)), "error"))):
+            works = instead
+            also = f"Or use differentiation=FiniteDifference({unit}), which was tried and works."
+            trial = [replace(one, fix=f"{one.fix} {also}".strip()) if one.severity == "error" else one for one in trial]
+    found += trial
+    return works
 
 
 def _loses_by_copying(module: nn.Module) -> bool:

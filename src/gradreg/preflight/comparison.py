@@ -1,7 +1,5 @@
 """Whether double backward gives the derivative of the input gradient: it is compared with a finite difference."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -23,8 +21,8 @@ def compare(step: Step) -> Finding | None:
     r"""Compare double backward with finite differences; None if they agree, or if that cannot be told.
 
     With :math:`F(w) = \langle v, \nabla_x \ell \rangle` for a random v, :math:`\langle \nabla_w F, d \rangle` is held
-    against :math:`(F(w + hd) - F(w - hd)) / 2h` for random directions d of the trained weights. This runs on copies in
-    double precision, always from the same state and random numbers; a model that cannot do so is not compared.
+    against :math:`(F(w + hd) - F(w - hd)) / 2h` for random directions d of the trained weights, in double precision and
+    always from the same state and random numbers. A model that cannot do so is not compared.
 
     At a kink the difference may be off, so double backward is wrong only if all differences agree with each other, for
     several h and d and to both sides, and not with it. Nor is it wrong where the loss's own gradient is not the loss's
@@ -73,7 +71,7 @@ class _Comparison:
 
     def _at(self, d: list[Tensor], size: float, *, slopes: bool = False) -> tuple[Tensor, Tensor]:
         """The values for weights that many steps along d, and with ``slopes`` their derivatives along d."""
-        with self._fresh() as step:
+        with self._step.fresh(precise=True) as step:
             weights = _trained(step)
             with torch.no_grad():
                 for weight, along in zip(weights, d, strict=True):
@@ -86,15 +84,10 @@ class _Comparison:
 
     def _by_forward_mode(self) -> Tensor:
         """F without a backward pass, and so without what that computes again or has been told to do."""
-        with self._fresh() as step, torch.no_grad(), forward_ad.dual_level():
+        with self._step.fresh(precise=True) as step, torch.no_grad(), forward_ad.dual_level():
             batch = step.batch
             output = batch.inputs.given_to(step.model, forward_ad.make_dual(batch.inputs.x.clone(), self._v))
             return forward_ad.unpack_dual(batch.criterion(batch.read(output), step.y).sum()).tangent
-
-    @contextmanager
-    def _fresh(self) -> Iterator[Step]:
-        with self._step.fresh(precise=True) as step, torch.compiler.set_stance("force_eager"):
-            yield step
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, dtype=torch.float64, generator=self._random).to(like.device)

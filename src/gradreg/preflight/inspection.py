@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from gradreg import findings as table
 from gradreg.findings import Finding
 from gradreg.model_checks import seen_in
-from gradreg.preflight.step import Step, tensors_in
+from gradreg.preflight.step import Step, instances_in
 from gradreg.smooth import NonSmooth, find_nonsmooth
 from gradreg.trees import Inputs
 from gradreg.wrappers import is_quantized, is_sharded
@@ -37,7 +37,8 @@ def inspect(step: Step) -> Iterator[Finding]:
 
 def _inspect_tensors(step: Step) -> Iterator[Finding]:
     x, parameters = step.inputs.x, dict(step.model.named_parameters())
-    if any(tensor.is_meta for tensor in (*tensors_in([step.x, step.y]), *parameters.values(), *step.model.buffers())):
+    batch = instances_in([step.x, step.y], Tensor)
+    if any(tensor.is_meta for tensor in (*batch, *parameters.values(), *step.model.buffers())):
         yield table.META
     elif not x.is_floating_point():
         yield table.IDS.at(dtype=x.dtype)

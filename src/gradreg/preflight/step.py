@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, final
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from gradreg.copies import alone, promoted
-from gradreg.differentiation import Differentiation
 from gradreg.model_checks import check_model
 from gradreg.modes import random_state, replayed
 from gradreg.objective import PenalizedLoss, PenalizedOutput
 from gradreg.point import Batch
 from gradreg.replay import EagerReplay, ModuleState
-from gradreg.trees import Inputs
+from gradreg.trees import Inputs, detached
 
 Kind = TypeVar("Kind")
 _TIMES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # at which a scheduled weight may be above 0
@@ -28,29 +28,17 @@ _TIMES = (0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # at which a schedu
 @final
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One training step.
+    """One training step: ``objective(model, x, y, t)``."""
 
-    Attributes:
-        objective: The objective, the weights of whose terms are numbers.
-        model: The model.
-        x: What the objective takes as x.
-        y: Its labels.
-        t: The step of the optimiser.
-        start: Has the states of all random generators at the start.
-        in_place: Whether the model itself has to be run, and no copy.
-        blank: Parameters that are given random numbers.
-        kept: In copies, modules and tensors whose originals hang on a graph: leaves, to see whether they are used.
-    """
-
-    objective: PenalizedLoss
+    objective: PenalizedLoss  # the weights of whose terms are numbers
     model: nn.Module
     x: Any
     y: Any
     t: float | None
-    start: EagerReplay
-    in_place: bool = False
-    blank: tuple[str, ...] = ()
-    kept: tuple[tuple[str, Tensor], ...] = ()
+    start: EagerReplay  # has the states of all random generators at the start
+    in_place: bool = False  # whether the model itself has to be run, and no copy
+    blank: tuple[str, ...] = ()  # parameters that are given random numbers
+    kept: tuple[tuple[str, Tensor], ...] = ()  # in copies: modules, and tensors whose originals hang on a graph
 
     @property
     def inputs(self) -> Inputs:
@@ -75,7 +63,7 @@ class Step:
 
     @property
     def takes_input_gradients(self) -> bool:
-        """Whether anything depends on the gradient with respect to the input."""
+        """Whether penalties or an attack depend on the gradient with respect to the input."""
         return self.penalizes or (self.objective.at is not None and self.objective.at.uses_gradients)
 
     def run(self) -> PenalizedOutput:
@@ -84,27 +72,23 @@ class Step:
         out.total.backward()
         return out
 
-    def by(self, differentiation: Differentiation) -> "Step":
-        """The step with another differentiation."""
-        objective = copy.copy(self.objective)
-        objective.differentiation = differentiation
-        return replace(self, objective=objective)
-
     @contextmanager
     def fresh(self, *, precise: bool = False) -> Iterator["Step"]:
-        """The step on copies, in double precision if need be, always from the same state and random numbers."""
-        whole, x, y = nn.ModuleList([self.model, self.objective]), self._copied(self.x), self._copied(self.y)
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings(action="ignore"))
-            stack.enter_context(self.start.drawing("start"))
+        """The step on copies, always from the same state and random numbers; or in double precision, uncompiled."""
+        whole = nn.ModuleList([self.model, self.objective])
+        with warnings.catch_warnings(action="ignore"), self.start.drawing("start"), ExitStack() as stack:
             if self.in_place and not precise:
                 stack.enter_context(_left_as_found(whole))
-                model, objective, kept = self.model, copy.copy(self.objective), ()
+                model, objective = self.model, copy.copy(self.objective)
             else:
-                model, objective = alone(whole, precise=precise)
-                kept = tuple(self._kept_by(model))
+                model, objective = cast("Any", alone(whole, precise=precise))
+            kept = () if model is self.model else tuple(self._kept_by(model))
+            # A graph of x stays, since the objective is to refuse it.
+            x = self.x if self.inputs.x.grad_fn is not None else copy.deepcopy(detached(self.x))
+            y = copy.deepcopy(detached(self.y))
             if precise:
-                x, y = (tree_map(lambda leaf: promoted(leaf) if isinstance(leaf, Tensor) else leaf, t) for t in (x, y))
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                x, y = tree_map(lambda leaf: promoted(leaf) if isinstance(leaf, Tensor) else leaf, (x, y))
             with torch.no_grad():
                 for name in self.blank:
                     model.get_parameter(name).normal_(std=0.02)
@@ -112,19 +96,11 @@ class Step:
                 met.penalized = met.graph_seen = True  # what it would warn of is told by `inspect`
             yield replace(self, model=model, objective=objective, x=x, y=y, kept=kept)
 
-    def _copied(self, tree: Any) -> Any:
-        """Inputs or labels without a graph, except for an x that has one, which the objective is to refuse."""
-        x = self.inputs.x
-
-        def copied(leaf: Any) -> Any:
-            refused = leaf is x and x.grad_fn is not None
-            return leaf if refused or not isinstance(leaf, Tensor) else leaf.detach().clone()
-
-        return tree_map(copied, tree)
-
     def _kept_by(self, copied: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Copies of what hangs on a graph, which hang on none: leaves, whose gradient tells whether they are used."""
         for (name, module), twin in zip(self.model.named_modules(), copied.modules(), strict=False):
-            for tensor, own in zip(tensors_in(vars(module)), tensors_in(vars(twin)), strict=False):
+            pairs = zip(instances_in(vars(module), Tensor), instances_in(vars(twin), Tensor), strict=False)
+            for tensor, own in pairs:
                 if tensor.grad_fn is not None and own.is_leaf and own.is_floating_point():
                     yield name, own.requires_grad_()
 
@@ -165,11 +141,14 @@ def _left_as_found(whole: nn.Module) -> Iterator[None]:
     attributes = [dict(vars(ddp)) for ddp in parallel]
     before = [(parameter, parameter.grad, parameter.detach().clone()) for parameter in held.parameters()]
     flags = [(module, module.training) for module in modules]
+    # After the first step DDP's reducer has all processes exchange the layout of its buckets.
+    idle: dict[str, Any] = {"reducer": SimpleNamespace(_rebuild_buckets=lambda: False)}
+    idle |= dict.fromkeys(("require_backward_grad_sync", "require_forward_param_sync"), False)
     try:
         for parameter, *_ in before:
             parameter.grad = None
         for ddp in parallel:
-            vars(ddp).update(require_backward_grad_sync=False, require_forward_param_sync=False, reducer=_Idle())
+            vars(ddp).update(idle)
         with ModuleState([module for module in modules if module not in parallel]).copied():
             yield
     finally:
@@ -183,14 +162,6 @@ def _left_as_found(whole: nn.Module) -> Iterator[None]:
                 parameter.data.copy_(values)
 
 
-@final
-class _Idle:
-    """Stands for DDP's reducer, which after the first step has all processes exchange the layout of its buckets."""
-
-    def _rebuild_buckets(self) -> bool:
-        return False
-
-
 def instances_in(value: object, kind: type[Kind], seen: set[int] | None = None) -> Iterator[Kind]:
     """The tensors, say, in nested tuples, lists, dictionaries and dataclasses, but not in modules."""
     seen = set() if seen is None else seen  # a container may hold itself
@@ -201,8 +172,3 @@ def instances_in(value: object, kind: type[Kind], seen: set[int] | None = None) 
         items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         for item in [getattr(value, each.name, None) for each in fields(value)] if is_dataclass(value) else items:
             yield from instances_in(item, kind, seen)
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in a structure."""
-    return instances_in(value, Tensor)

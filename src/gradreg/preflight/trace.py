@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradreg.findings import CRITERION
 from gradreg.graphs import Node, new_nodes
-from gradreg.preflight.step import Step, tensors_in
+from gradreg.preflight.step import Step, instances_in
 from gradreg.wrappers import is_compiled
 
 # Nodes that raise when a backward pass reaches them: operations without a derivative, or differentiable only once.
@@ -26,8 +26,8 @@ class _Call(NamedTuple):
 
     name: str
     inputs: list[GradientEdge]
-    finite_in: bool = True
-    outputs: list[GradientEdge] = []
+    finite_in: bool
+    outputs: tuple[GradientEdge, ...] = ()
     finite_out: bool = True
 
 
@@ -35,18 +35,13 @@ class _Call(NamedTuple):
 class Trace:
     """Model and criterion at x, with every node of the autograd graph known by the module that made it.
 
-    A node belongs to the innermost module inside which it was made. Hooks at the entries and exits of modules
-    suffice to tell: what hangs behind a module's inputs and is not claimed yet was made by the module around it,
-    and what hangs behind its outputs, by the module itself. What torch.compile or TorchScript made into one piece is
-    left in one piece.
+    A node belongs to the innermost module inside which it was made. What hangs behind a module's inputs and is not
+    claimed yet was made by the module around it, and what hangs behind its outputs, by the module itself. What
+    torch.compile or TorchScript made into one piece is left in one piece.
 
     Args:
         step: What is traced, on copies.
         look: Whether to look at the values too, which takes long.
-
-    Attributes:
-        logits: What the criterion takes.
-        losses: The criterion's values.
     """
 
     def __init__(self, step: Step, *, look: bool = False) -> None:
@@ -65,19 +60,19 @@ class Trace:
                     hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
                     hooks.enter_context(module.register_forward_hook(after, with_kwargs=True))
             output = step.inputs.given_to(step.model, leaf.clone())
-        self._claim(tensors_in(output), "")
+        self._claim(instances_in(output, Tensor), "")
         self.logits = step.batch.read(output)
         self.losses = step.objective.criterion(self.logits, step.y)
         self._claim([self.losses], CRITERION)
 
     def depends_on_x(self, edges: Iterable[GradientEdge] | None = None) -> bool:
         """Whether a graph leads from the logits, or from other edges, to the input."""
-        edges = _edges(tensors_in(self.logits)) if edges is None else edges
+        edges = _edges(instances_in(self.logits, Tensor)) if edges is None else edges
         return self._source.node in new_nodes([edge.node for edge in edges], ())
 
     def gradient(self) -> tuple[Tensor, bool]:
         """The input gradient of the losses, and whether they have one with respect to the logits that is not 0."""
-        logits = _edges(tensors_in(self.logits))
+        logits = _edges(instances_in(self.logits, Tensor))
         grad, *slopes = torch.autograd.grad(self.losses.sum(), [self._source, *logits], allow_unused=True)
         return grad, any(slope is not None and any_nonzero(slope) for slope in slopes)
 
@@ -98,11 +93,9 @@ class Trace:
         return self._first(lambda call: whole.isdisjoint(call.inputs) and not whole.isdisjoint(call.outputs))
 
     def undifferentiable(self, *, twice: bool) -> dict[str, list[str]]:
-        """The kinds of nodes that cannot be differentiated, once or twice, and the modules that made them.
-
-        The first backward pass is watched: among the nodes that it builds for the second one are the barriers. If
-        the first one raises already, the node that started last is at fault.
-        """
+        """The kinds of nodes that cannot be differentiated, once or twice, and the modules that made them."""
+        # The first backward pass is watched: among the nodes that it builds for the second one are the barriers. If
+        # the first one raises already, the node that started last is at fault.
         found: dict[str, set[str]] = {}
         known = set(self._owners)
         started: list[Node] = []
@@ -141,14 +134,14 @@ class Trace:
         return next((call.name for call in self._calls if condition(call)), "")
 
     def _enter(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
-        tensors = list(tensors_in([args, kwargs]))
+        tensors = list(instances_in([args, kwargs], Tensor))
         self._claim(tensors, self._open[-1].name if self._open else "")
         self._open.append(_Call(name, _edges(tensors), self._finite(tensors)))
 
     def _leave(self, name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        tensors = list(tensors_in(output))
+        tensors = list(instances_in(output, Tensor))
         self._claim(tensors, name)
-        self._calls.append(self._open.pop()._replace(outputs=_edges(tensors), finite_out=self._finite(tensors)))
+        self._calls.append(self._open.pop()._replace(outputs=tuple(_edges(tensors)), finite_out=self._finite(tensors)))
 
     def _finite(self, tensors: Iterable[Tensor]) -> bool:
         return not self._look or all(map(all_finite, tensors))

@@ -15,7 +15,7 @@ from gradreg import findings as table
 from gradreg.checks import GradregWarning
 from gradreg.findings import CRITERION, Finding, Severity
 from gradreg.preflight.comparison import compare
-from gradreg.preflight.step import Step, tensors_in
+from gradreg.preflight.step import Step, instances_in
 from gradreg.preflight.trace import COMPILED, REENTRANT, Trace, all_finite, any_nonzero
 from gradreg.wrappers import is_compiled
 
@@ -26,6 +26,7 @@ _FILES_OF_ENGINE = (torch.autograd.__file__, torch.autograd.graph.__file__)
 
 def tried(step: Step) -> Iterator[Finding]:
     """Run a step, and look at what comes out; the first error ends it."""
+    raised: Exception | None = None
     with step.fresh() as own, warnings.catch_warnings(record=True, action="always") as caught:
         try:
             out = own.run()
@@ -38,7 +39,7 @@ def tried(step: Step) -> Iterator[Finding]:
                 raised, places = error.__cause__, [*places, *_places(error.__cause__.__traceback__, own)]
             raised = raised.with_traceback(None)  # which holds the copies
         else:
-            raised, kept = None, [name for name, tensor in own.kept if tensor.grad is not None]
+            kept = [name for name, tensor in own.kept if tensor.grad is not None]
             named = [*own.model.named_parameters(), *((f"the {n}", p) for n, p in own.objective.named_parameters())]
             broken = [name for name, p in named if p.grad is not None and not all_finite(p.grad)]
     if kept:
@@ -65,8 +66,8 @@ def guarded(look: Iterator[Finding], severity: Severity) -> Iterator[Finding]:
 
 def _holders_of_graphs(model: nn.Module) -> list[str]:
     """The modules with a tensor in an attribute, or in a container there, that hangs on a graph."""
-    modules = model.named_modules()
-    return [name for name, m in modules if any(tensor.grad_fn is not None for tensor in tensors_in(vars(m)))]
+    held = ((name, instances_in(vars(module), Tensor)) for name, module in model.named_modules())
+    return [name for name, tensors in held if any(tensor.grad_fn is not None for tensor in tensors)]
 
 
 def _looked_at(step: Step, broken: list[str], warned: Iterable[str]) -> Iterator[Finding]:
@@ -124,51 +125,47 @@ def _idle(step: Step) -> Iterator[Finding]:
 
 def _explained(step: Step, raised: Exception, places: list[Place]) -> list[Finding]:
     """Why a step raised; at least what, if the reason is not found."""
-    error, (kind, where) = f"{type(raised).__name__}: {raised}", [("", ""), *places][-1]
-    in_backward, penalties = _ENGINE in places, [name for kind, name in places if kind == "penalty"]
-    if kind == "criterion" and not in_backward:
-        return [table.CRITERION_RAISES.at(where, error=error)]
-    if kind == "model" and not in_backward:
-        entry = table.RAISES_ELSEWHERE.at(where, place=penalties[0], error=error) if penalties else None
-        return [entry or table.RAISES.at(where, error=error)]
-    with suppress(Exception):  # what went wrong may go wrong again
-        if reasons := list(_reasons(step, raised, where, in_backward)):
-            return reasons
-    if in_backward:
-        which = "double backward" if step.twice else "the backward pass"
-        return [table.BACKWARD_RAISES.at(where, which=which, error=error)]
-    return [table.PENALTY_RAISES.at(where, error=error) if kind == "penalty" else Finding("error", where, str(raised))]
+    kind, where = [("", ""), *places][-1]
+    backward, penalties = _ENGINE in places, [name for kind, name in places if kind == "penalty"]
+    error = f"{type(raised).__name__}: {raised}" if kind or backward else str(raised) or repr(raised)
+    reasons: list[Finding] = []
+    if backward or kind not in ("model", "criterion"):
+        with suppress(Exception):  # what went wrong may go wrong again
+            reasons = list(_reasons(step, str(raised), where, backward))
+    elif kind == "model" and penalties:
+        error += f" (in a pass that {penalties[0]} asks for)"
+    return reasons or [table.RAISES["backward" if backward else kind].at(where, error=error)]
 
 
-def _reasons(step: Step, raised: Exception, where: str, in_backward: bool) -> Iterator[Finding]:
+def _reasons(step: Step, message: str, where: str, backward: bool) -> Iterator[Finding]:
     with step.fresh() as own:
         trace = Trace(own)
-        if not trace.losses.requires_grad and any(tensor.requires_grad for tensor in tensors_in(trace.logits)):
+        if not trace.losses.requires_grad and any(t.requires_grad for t in instances_in(trace.logits, Tensor)):
             yield table.NO_GRAPH.at(CRITERION)
         elif step.takes_input_gradients and not trace.depends_on_x():
             yield table.INDEPENDENT.at(trace.where_graph_ends())
-        elif in_backward and "selective activation checkpoint" in str(raised):
+        elif backward and "selective activation checkpoint" in message:
             yield table.SELECTIVE.at(where)
-        elif in_backward:
-            yield from _without_derivative(trace, own, str(raised))
+        elif backward:
+            yield from _without_derivative(trace, own, message.rstrip("."))
 
 
 def _without_derivative(trace: Trace, step: Step, message: str) -> Iterator[Finding]:
     """The operations that a backward pass cannot differentiate."""
-    compiled = [name for name, module in step.model.named_modules() if is_compiled(module)]
     culprits = trace.undifferentiable(twice=step.twice)
     # With several of them the message is of the one that happened to come first.
-    reason = f" ({message.rstrip('.')})" if len(culprits) == 1 else ""
+    blanks = {"reason": f" ({message})" if len(culprits) == 1 else ""}
     for operation, owners in culprits.items():
-        if operation.startswith("ScaledDotProduct") and step.twice:
-            yield table.FUSED_ATTENTION.at(owners, operation=operation)
-        elif operation.startswith(COMPILED) and step.twice:
-            yield table.COMPILED.at(compiled or owners)
-        elif operation == REENTRANT:
+        blanks["operation"] = operation
+        if operation == REENTRANT:
             yield table.REENTRANT.at(owners)
+        elif not step.twice:
+            yield table.NO_DERIVATIVE.at(owners, **blanks)
+        elif operation.startswith(COMPILED):
+            yield table.COMPILED.at([n for n, module in step.model.named_modules() if is_compiled(module)] or owners)
         else:
-            entry = table.ONLY_ONCE if step.twice else table.NO_DERIVATIVE
-            yield entry.at(owners, operation=operation, reason=reason)
+            fused = operation.startswith("ScaledDotProduct")
+            yield (table.FUSED_ATTENTION if fused else table.ONLY_ONCE).at(owners, **blanks)
 
 
 def _places(traceback: TracebackType | None, step: Step) -> Iterator[Place]:
@@ -186,6 +183,6 @@ def _places(traceback: TracebackType | None, step: Step) -> Iterator[Place]:
         if frame.f_code.co_filename in _FILES_OF_ENGINE:
             yield _ENGINE
         elif frame.f_code.co_name == "check_scores":  # of what the criterion has returned
-            yield "check", CRITERION
+            yield "", CRITERION
         elif place := owners.get(id(frame.f_locals.get("self"))) or codes.get(frame.f_code):
             yield place
