@@ -226,7 +226,7 @@ def test_half_noisy_half_attacked_is_what_it_says(part: range) -> None:
 
 @pytest.mark.filterwarnings("ignore::gradreg.GradregWarning")
 def test_finite_differences_tend_to_the_exact_gradient(part: range) -> None:
-    """Of central differences truncation and rounding are left; a sharp bend, as of ELU at 0, asks for a shorter step."""
+    """Of central differences truncation and rounding are left; a kink of the slope (ELU at 0) asks for a short step."""
     for seed in part[::5]:
         case, errors = Case(seed), []
         for step in (1e-3, 1e-4, 1e-5):

@@ -183,6 +183,8 @@ class Containers(nn.Module):
     """Keeps what it has seen in a queue of limited length, in a counter, and in a dictionary of another library."""
 
     class Strict(dict[str, float]):
+        """One that does not want to be updated."""
+
         def update(self, *args: Any, **kwargs: Any) -> None:
             raise RuntimeError("as ModelOutput of Transformers does")
 

@@ -134,14 +134,14 @@ SYNC_BATCH_NORM_ALONE = _warning(
 # What a penalty asks of a model
 
 BATCH_STATISTICS = _warning(
-    "{count} normalisation layers use the statistics of the batch ({kind}): part of a sample's input gradient belongs "
+    "normalisation layers use the statistics of the batch ({count} {kind}): part of a sample's input gradient belongs "
     "to the other samples{rank}.",
     "Use GroupNorm, or leave it so, knowing it.",
 )
 FREEZE = "Or set them to evaluation mode, as the thesis does."
 PIECEWISE_LINEAR = _warning(
-    "{count} activations are piecewise linear ({example}, ...): their second derivative is 0 almost everywhere, and "
-    "the penalty is known to collapse.",
+    "the model has piecewise linear activations ({count}, such as {example}): their second derivative is 0 almost "
+    "everywhere, and the penalty is known to collapse.",
     "Train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches.",
 )
 NOT_SMOOTH = _warning("{kinds} is not smooth: {reason}.")

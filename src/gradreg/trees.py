@@ -121,7 +121,7 @@ def joined(trees: Sequence[Any], rows: Sequence[Tensor]) -> Any:
     simple = isinstance(trees[0], Mapping | tuple | list | str | int | float | None)
     if not (simple or dataclasses.is_dataclass(trees[0])):
         raise TypeError(
-            f"A {type(trees[0]).__name__} cannot be put together from parts of a batch: let the model return tensors in "
+            f"A {type(trees[0]).__name__} cannot be put together from parts of a batch: let it return tensors in "
             "a tuple, a mapping or a dataclass, or say output=..."
         )
     return _mapped(lambda *branches: joined(branches, rows), *trees)
