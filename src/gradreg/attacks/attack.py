@@ -139,8 +139,9 @@ class Attack(ABC):
     @contextmanager
     def _ready(self, model: object, *, warns: bool = True) -> Iterator[None]:
         """The model in the mode to attack it in, nothing of it moving, and grad enabled."""
-        if in_transform():  # where nothing can be switched, and copies of the buffers move
-            yield
+        if in_transform():  # where copies of the buffers move, and gradients are there
+            with self._mode(model, warns):
+                yield
             return
         with (
             self._mode(model, warns),
