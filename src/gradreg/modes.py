@@ -1,4 +1,4 @@
-"""What a model's forward pass depends on beside its input: training flags, running statistics, random numbers.
+"""What a forward pass depends on apart from its input: training flags, running statistics, random numbers.
 
 Each context manager here changes one of them for a while and restores exactly what it found, also after an exception.
 """
@@ -46,7 +46,7 @@ def evaluating(model: object) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(model: object) -> Iterator[None]:
-    """Batch statistics are used as before, but no running statistic moves: for forward passes beside the step's own.
+    """Batch statistics are used as before, but no running statistic moves: for forward passes other than the step's own.
 
     Other buffers that a forward pass changes, such as the vectors of ``spectral_norm`` in training mode, do move.
 
@@ -108,12 +108,6 @@ def random_state(device: torch.device) -> RandomState:
         return torch.get_rng_state(), None
     generators = torch.get_device_module(device)
     return torch.get_rng_state(), generators.get_rng_state(*_of_many(device))
-
-
-def is_state(state: RandomState, device: torch.device) -> bool:
-    """Whether the generators are where they were: nothing was drawn since."""
-    pairs = zip(state, random_state(device), strict=True)
-    return all(before is None or torch.equal(before, now) for before, now in pairs if now is not None)
 
 
 @contextmanager
