@@ -1038,7 +1038,7 @@ class TestResume:
         model, x, y = labelled()
         bad = y.clone()
         bad[16] = CLASSES
-        with pytest.raises(ValueError, match="Labels run from 0 to 4, but the model has 4 classes"):
+        with pytest.raises(ValueError, match="Labels run from 0 to 4"):
             evaluate(model, batches(x, bad, 7), self.ATTACK, state=tmp_path / "state.json", **QUIET)
         interruption.batches = 0
         evaluate(model, batches(x, y, 7), self.ATTACK, state=tmp_path / "state.json", **QUIET)

@@ -46,7 +46,7 @@ def evaluating(model: object) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(model: object) -> Iterator[None]:
-    """Batch statistics are used as before, but no running statistic moves: for forward passes other than the step's own.
+    """Batch statistics are used as before, but no running statistic moves: for passes other than the step's own.
 
     Other buffers that a forward pass changes, such as the vectors of ``spectral_norm`` in training mode, do move.
 

@@ -42,17 +42,6 @@ class Batch:
     requests: Requests = field(default_factory=Requests)
     classes: list[tuple[ClassSelector | None, Tensor]] = field(default_factory=list)  # chosen; or given, under None
 
-    def rows(self, rows: Tensor) -> "Batch":
-        """Some of its samples, whose passes draw random numbers of their own."""
-        return replace(
-            self,
-            inputs=self.inputs.rows(rows),
-            y=taken(self.y, rows, len(self.inputs.x)),
-            index=None if self.index is None else self.index[rows.to(self.index.device)],
-            replay=None if self.replay is None else self.replay.of_part(),
-            classes=[(selector, chosen[rows]) for selector, chosen in self.classes] if self.classes else [],
-        )
-
     def read(self, output: Any) -> Any:
         """What the criterion takes of a model's output: its ``.logits`` or ``["logits"]`` if it has any, or all."""
         if self.output is not None:
@@ -194,10 +183,19 @@ class Point:
         return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=False)
 
     def rows(self, rows: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
-        """Some of the samples, as a batch of their own; see :meth:`of`."""
+        """Some of the samples, as a batch whose passes draw random numbers of their own; see :meth:`of`."""
         if not isinstance(rows, Tensor) or rows.dtype == torch.bool:
             rows = torch.arange(len(self.x), device=self.x.device)[rows]
-        return Point.of(self.batch.rows(rows), self.x[rows], differentiable=differentiable, counts=counts)
+        whole = self.batch
+        part = replace(
+            whole,
+            inputs=whole.inputs.rows(rows),
+            y=taken(whole.y, rows, len(self.x)),
+            index=None if whole.index is None else whole.index[rows.to(whole.index.device)],
+            replay=None if whole.replay is None else whole.replay.of_part(),
+            classes=[(selector, chosen[rows]) for selector, chosen in whole.classes] if whole.classes else [],
+        )
+        return Point.of(part, self.x[rows], differentiable=differentiable, counts=counts)
 
     def moved_to(self, z: Tensor, *, differentiable: bool = True) -> "Point":
         """Where the step is taken: the one point whose forward pass moves running statistics."""
@@ -207,7 +205,7 @@ class Point:
         """The logits of some samples at other inputs, as a function that an attack differentiates."""
         batch = self.batch
         if rows is not None and len(rows) < len(self.x) and not batch.inputs.is_tensor:
-            batch = batch.rows(rows)
+            batch = self.rows(rows).batch
         return Point.of(batch, z, counts=False)._call(z)[0]
 
     def loss_of(self, logits: Any, y: Any = None, criterion: Criterion | None = None, *, again: bool = True) -> Tensor:

@@ -116,7 +116,8 @@ class EagerReplay(Replay):
         self._kept = ModuleState(keepers) if keepers else None
         self._in_doubt = (
             isinstance(model, nn.Module)
-            and model.training not in _proven.get(model, ())
+            and model.training  # in evaluation mode, what measures and attacks run, things stand still
+            and model not in _proven
             and _hides_something(model, keepers)
         )
 
@@ -150,7 +151,7 @@ class EagerReplay(Replay):
                 "teacher whose frozen parameters move in the forward pass. Move it after the step, or keep it in a "
                 "buffer; penalties with DoubleBackward() alone need no second pass."
             )
-        _proven.setdefault(model, set()).add(model.training)
+        _proven.add(model)
         self._in_doubt = False
 
     @contextmanager
@@ -197,8 +198,8 @@ class TransformedReplay(Replay):
             cast("nn.Module", self._model).get_buffer(name).copy_(buffer)
 
 
-# The models of which there is no doubt, or that have given the same output twice, and in which modes.
-_proven: "weakref.WeakKeyDictionary[nn.Module, set[bool]]" = weakref.WeakKeyDictionary()
+# The models of which there is no doubt, or that have given the same output twice.
+_proven: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _TRANSPARENT = (
     *(bool, int, float, complex, str, bytes, type(None), type, Enum, list, dict, set, deque, tuple, partial),
     *(FunctionType, MethodType, BuiltinFunctionType, random.Random),
@@ -221,7 +222,7 @@ def _hides_something(model: nn.Module, keepers: list[nn.Module]) -> bool:
             view = isinstance(value, Tensor) and value._base is not None
             if table or view or not isinstance(value, _TRANSPARENT):
                 return True
-    _proven.setdefault(model, set()).add(model.training)
+    _proven.add(model)
     return False
 
 
