@@ -1180,6 +1180,8 @@ def test_a_diagnosis_that_fails_leaves_the_error_itself() -> None:
     x, y = batch(0)
     (error,) = checked(features(nn.Hardsigmoid(), Shy()), x, y).errors
     assert "hardsigmoid" in error.problem
+    broken = checked(features(Apply(lambda x: (x.abs() * 0).pow(1.5) + x * x), Shy()), x, y)
+    assert any("NaN" in error.problem for error in broken.errors)
     report = checked(features(nn.GELU(), Shy()), x, y)
     assert report.ok
     assert warnings_about(report, "could not look further: LookupError: watched") == [""]

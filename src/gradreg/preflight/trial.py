@@ -53,7 +53,10 @@ def tried(step: Step) -> Iterator[Finding]:
         yield table.NOT_FINITE.at(where)
     else:
         messages = {str(one.message): None for one in caught if issubclass(one.category, GradregWarning)}
-        yield from guarded(_looked_at(step, broken, messages), "warning")
+        found = list(guarded(_looked_at(step, messages, sound=not broken), "warning"))
+        if broken and not any(finding.severity == "error" for finding in found):
+            found.append(table.SLOPES_NOT_FINITE.at(name.rpartition(".")[0] for name in broken))
+        yield from found
 
 
 def guarded(look: Iterator[Finding], severity: Severity) -> Iterator[Finding]:
@@ -70,8 +73,8 @@ def _holders_of_graphs(model: nn.Module) -> list[str]:
     return [name for name, tensors in held if any(tensor.grad_fn is not None for tensor in tensors)]
 
 
-def _looked_at(step: Step, broken: list[str], warned: Iterable[str]) -> Iterator[Finding]:
-    """What is wrong with a step that runs: the parameters whose gradient is not finite, or what more is found."""
+def _looked_at(step: Step, warned: Iterable[str], *, sound: bool) -> Iterator[Finding]:
+    """What is wrong with a step that runs; ``sound`` says whether its gradients are finite."""
     reached = True
     if step.takes_input_gradients:
         with step.fresh() as own:
@@ -84,9 +87,7 @@ def _looked_at(step: Step, broken: list[str], warned: Iterable[str]) -> Iterator
         elif not any_nonzero(grad):
             yield from _beyond_blank_weights(step)
             return
-    if broken:
-        yield table.SLOPES_NOT_FINITE.at(name.rpartition(".")[0] for name in broken)
-    elif reached:
+    if reached and sound:
         if step.penalizes:
             yield from _idle(step)
         if step.twice and (wrong := compare(step)):
