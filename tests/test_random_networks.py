@@ -209,7 +209,7 @@ def test_exact_penalties_are_those_of_autograd(part: range) -> None:
     for seed in part:
         case = Case(seed)
         objective = PenalizedLoss(terms=case.terms, loss_weight=case.loss_weight)
-        torch.manual_seed(seed)
+        torch.manual_seed(case.seed)
         found = case.gradient(objective(case.model, case.x, case.y).total)
         assert relative_error(found, case.by_autograd()) < 1e-12, seed
 
@@ -219,7 +219,7 @@ def test_half_noisy_half_attacked_is_what_it_says(part: range) -> None:
     objective = PenalizedLoss(at=NFGSM(Linf(0.1), share=0.5))
     for seed in part:
         case = Case(seed)
-        torch.manual_seed(seed)
+        torch.manual_seed(case.seed)
         found = case.gradient(objective(case.model, case.x, case.y).total)
         assert relative_error(found, case.half_attacked()) < 1e-12, seed
 
@@ -232,7 +232,7 @@ def test_finite_differences_tend_to_the_exact_gradient(part: range) -> None:
         for step in (1e-3, 1e-4, 1e-5):
             how = FiniteDifference(step, Linf(0.1), "central")
             objective = PenalizedLoss(terms=case.terms, loss_weight=case.loss_weight, differentiation=how)
-            torch.manual_seed(seed)
+            torch.manual_seed(case.seed)
             found = case.gradient(objective(case.model, case.x, case.y).total)
             errors.append(relative_error(found, case.by_autograd()))
         assert min(errors) < 1e-4, seed
