@@ -990,6 +990,12 @@ class TestContracts:
         assert torch.equal(x, before)
 
 
+class _Elsewhere(Tensor):
+    """Its values can be read, but it says that it is not on the CPU."""
+
+    device = property(lambda self: torch.device("meta"))
+
+
 @pytest.mark.usefixtures("unchecked")
 class TestBadInput:
     def _fails(self, error: type[Exception], match: str, x: Tensor, y: Tensor, **options: object) -> None:
@@ -1018,6 +1024,17 @@ class TestBadInput:
     def test_eps_in_another_unit(self) -> None:
         x, y = make_batch()
         self._fails(ValueError, "unit", x, y, threat=Linf(8))
+
+    @pytest.mark.parametrize("name", ATTACKS)
+    def test_eps_in_another_unit_on_another_device(self, name: str) -> None:
+        """Values are looked at once where that waits for the device, and this is what for."""
+        x, y = make_batch()
+        attack = ATTACKS[name].scaled(100.0)
+        if isinstance(attack.threat, Linf):
+            with pytest.raises(ValueError, match="unit"):
+                attack(make_model("conv"), x.as_subclass(_Elsewhere), y)
+        with pytest.raises(ValueError, match="NaN"):
+            ATTACKS[name].scaled(1.0)(make_model("conv"), (x * float("nan")).as_subclass(_Elsewhere), y)
 
     def test_ignored_label(self) -> None:
         x, y = make_batch()

@@ -9,9 +9,17 @@ from gradreg.threat_models import ThreatModel, rows_of
 
 
 def noise_for(
-    x: Tensor, threat: ThreatModel, seed: int | None, index: Tensor | None, restart: int, rows: Tensor
+    x: Tensor,
+    threat: ThreatModel,
+    seed: int | None,
+    index: Tensor | None,
+    restart: int = 0,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Uniform noise in the ball for some samples of the batch, 0 for the others."""
+    """Uniform noise in the ball for some samples of the batch, by default all, and 0 for the others."""
+    if rows is None and seed is None:
+        return threat.sample_like(x)
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
     noise = torch.zeros_like(x)
     if seed is None:
         noise[rows] = threat.rows(rows, x).sample_like(x[rows])

@@ -196,7 +196,7 @@ class Linf(ThreatModel):
     def project(self, delta: Float[Tensor, "B *x"], box: Box | None = None) -> Float[Tensor, "B *x"]:
         eps = self._eps_like(delta)
         inside = torch.minimum(torch.maximum(delta, -eps), eps) if isinstance(eps, Tensor) else delta.clamp(-eps, eps)
-        return inside if box is None else clamped_(inside, box)  # in place: it is a new tensor
+        return clamped_(inside, box)
 
     def sample_like(self, x: Float[Tensor, "B *x"], generator: torch.Generator | None = None) -> Float[Tensor, "B *x"]:
         noise = torch.empty_like(x, memory_format=torch.contiguous_format).uniform_(-1, 1, generator=generator)
@@ -383,8 +383,10 @@ def bounds_like(bounds: Bounds, x: Tensor) -> Bounds:
     return bounds
 
 
-def clamped_(z: Tensor, bounds: Bounds) -> Tensor:
-    """Clamp z to two numbers or to two tensors: in place, where no transform may follow it."""
+def clamped_(z: Tensor, bounds: Bounds | None) -> Tensor:
+    """Clamp z, a new tensor, to two numbers, two tensors or None: in place, where no transform may follow it."""
+    if bounds is None:
+        return z
     if isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor):
         bounds = bounds_like(bounds, z)
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z):

@@ -4,18 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from gradreg import checks, modes
-from gradreg.attacks.search import LossesAt, OutOfBounds, check_attackable, may_look
+from gradreg.attacks.search import LossesAt, OutOfBounds, check_attackable, grad_enabled, may_look
 from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import InputOnly
 from gradreg.gradients import in_transform, outside_inference_mode
 from gradreg.point import Batch, Model, Point
-from gradreg.threat_models import Bounds, Eps, ThreatModel, clamped_
+from gradreg.threat_models import Bounds, Eps, ThreatModel
 from gradreg.trees import Inputs, taken
 
 
@@ -131,24 +131,18 @@ class Attack(ABC):
         batch = Batch(model, cross_entropy, Inputs(x), y, InputOnly(), of_classes=True, look=look)
         return Point.of(batch, x, counts=False)
 
-    def _moved(self, x: Tensor, change: Tensor) -> Tensor:
-        """X + change, within the bounds."""
-        z = x + change
-        return z if self.bounds is None else clamped_(z, self.bounds)
+    def _check(self, point: Point) -> bool:
+        """Raise unless the batch of a point can be attacked; returns whether values may be looked at."""
+        look = point.batch.look and not point.batch.checked
+        check_attackable(point.x, self.threat, self.bounds, self.out_of_bounds, look)
+        return look
 
     @contextmanager
     def _ready(self, model: object, *, warns: bool = True) -> Iterator[None]:
         """The model in the mode to attack it in, nothing of it moving, and grad enabled."""
-        if in_transform():  # where copies of the buffers move, and gradients are there
-            with self._mode(model, warns):
-                yield
-            return
-        with (
-            self._mode(model, warns),
-            modes.frozen_statistics(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
+        # In a transform it is copies of the buffers that move.
+        still = nullcontext() if in_transform() else modes.frozen_statistics(model)
+        with self._mode(model, warns), still, grad_enabled():
             yield
 
     def _mode(self, model: object, warns: bool) -> AbstractContextManager[None]:
@@ -186,7 +180,7 @@ class LossAttack(Attack):
         """The function to ascend; looks at the labels' values once, if at all."""
         criterion = point.batch.criterion if self.criterion is None else self.criterion
         known, count = is_classification(criterion), len(point.x)
-        look, around = may_look(self, point.x), InputOnly().around(point.batch.model, point.x)
+        look, around = point.batch.look, InputOnly().around(point.batch.model, point.x)
 
         def losses_at(z: Tensor, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             nonlocal look
@@ -205,15 +199,14 @@ class LossAttack(Attack):
 
     def _slope(self, point: Point) -> Tensor:
         """The gradient of what is to be raised at a point, which computes it unless it has it."""
-        criterion, last = self.criterion, not point.counts  # the graph of the step's own point is still needed
-        if criterion is None:
-            grad = point.slope(create_graph=False, last=last)
-        else:
-            known, look = is_classification(criterion), may_look(self, point.x)
-            if known:
-                checks.check_labels(point.logits, point.batch.y, look=look)
-            grad = point.slope(lambda logits: point.loss_of(logits, criterion=criterion), create_graph=False, last=last)
-        if not point.batch.checked and may_look(self, point.x) and bool(grad.isnan().any()):
+        criterion, batch, of = self.criterion, point.batch, None
+        if criterion is not None:
+            if is_classification(criterion):
+                checks.check_labels(point.logits, batch.y, look=batch.look)
+            of = partial(point.loss_of, criterion=criterion)
+        # The graph of the step's own point is still needed.
+        grad = point.slope(of, create_graph=False, last=not point.counts)
+        if batch.look and not batch.checked and bool(grad.isnan().any()):
             raise RuntimeError(
                 "The gradient is NaN, so that there is nothing to ascend. Look at the model's logits on clean inputs."
             )

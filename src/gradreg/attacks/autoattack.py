@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradreg import checks, modes
 from gradreg.attacks.attack import Attack
-from gradreg.attacks.search import check_attackable, may_look
+from gradreg.attacks.search import check_attackable
 from gradreg.point import Point
 from gradreg.threat_models import L1, L2, Linf
 
@@ -87,7 +87,7 @@ class AutoAttack(Attack):
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x, y = point.x, point.batch.y
-        look = may_look(self, x)
+        look = point.batch.look
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
         if y.ndim != 1:
             raise ValueError("AutoAttack compares classes, not class probabilities: use y.argmax(1).")

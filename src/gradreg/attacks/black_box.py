@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradreg import checks
 from gradreg.attacks.attack import Attack
-from gradreg.attacks.search import Search, check_attackable, check_index, may_look
+from gradreg.attacks.search import Search, check_attackable, check_index
 from gradreg.criteria import margin
 from gradreg.noise import generator_of
 from gradreg.point import Point
@@ -61,7 +61,7 @@ class RandomSearch(Attack):
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x, y = point.x, point.batch.y
         check_index("RandomSearch", x, self.seed, index)
-        look = may_look(self, x)
+        look = point.batch.look
         check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
 
         def losses_at(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradreg import checks
 from gradreg.attacks.adaptive import Ascent, Halving, climb
 from gradreg.attacks.attack import Attack, LossAttack
-from gradreg.attacks.search import LossesAt, Search, check_attackable, check_index, check_search, may_look
+from gradreg.attacks.search import LossesAt, Search, check_index, check_search
 from gradreg.criteria import targeted_dlr
 from gradreg.noise import noise_for
 from gradreg.point import Model, Point
@@ -79,8 +79,7 @@ class IteratedAttack(LossAttack):
             name, x, steps=self.steps, restarts=self.restarts, best=self.best, random_start=self.random_start,
             seed=self.seed, index=index,
         )  # fmt: skip
-        look = not point.batch.checked and may_look(self, x)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
+        look = self._check(point)
         search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look)
         for delta in search.starts(
             self.restarts, start=start, random_start=self.random_start, seed=self.seed, index=index
@@ -201,8 +200,7 @@ class TargetedAPGDAttack(Attack):
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x, y = point.x, point.batch.y
         check_index("TargetedAPGDAttack", x, self.seed, index)
-        look = not point.batch.checked and may_look(self, x)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, look)
+        look = self._check(point)
         with torch.no_grad():
             logits = point.logits_at(x.clone())
         checks.check_logits(logits)

@@ -246,8 +246,7 @@ class Search:
 
     def result(self) -> Tensor:
         """The perturbed batch."""
-        z = self.x + self.delta
-        return z if self.bounds is None else clamped_(z, self.bounds)
+        return clamped_(self.x + self.delta, self.bounds)
 
     def _settle(self) -> None:
         """What depends on who is in play: their inputs, their balls, and how far they may move."""
@@ -262,8 +261,7 @@ class Search:
 
     def _point(self, delta: Tensor) -> Tensor:
         """The active samples, perturbed, and clamped: rounding, or an x outside of its bounds, may have left them."""
-        z = self._x + delta
-        return z if self._sides is None else clamped_(z, self._sides)
+        return clamped_(self._x + delta, self._sides)
 
     def _losses(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.losses_at(z, self.active)

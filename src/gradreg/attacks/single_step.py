@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gradreg import modes
 from gradreg.attacks.attack import Attack, LossAttack
-from gradreg.attacks.search import check_attackable, check_index, grad_enabled, may_look
+from gradreg.attacks.search import check_index, grad_enabled
 from gradreg.noise import noise_for
 from gradreg.point import Parts, Point
-from gradreg.threat_models import ThreatModel, clamped_, room, rows_of
+from gradreg.threat_models import clamped_, room, rows_of
 
 
 @final
@@ -45,8 +45,8 @@ class Noise(Attack):
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
         x = point.x
         check_index("Noise", x, self.seed, index)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
-        return self._moved(x, _noise(x, self.threat, self.seed, index))
+        self._check(point)
+        return clamped_(x + noise_for(x, self.threat, self.seed, index), self.bounds)
 
 
 @final
@@ -79,9 +79,9 @@ class FGSM(LossAttack):
         x = point.x
         if self.mode == "eval":
             point = point.at(x)
-        check_attackable(x, self.threat, self.bounds, self.out_of_bounds, not point.batch.checked and may_look(self, x))
+        self._check(point)
         box = None if self.bounds is None else room(x, self.bounds)
-        return self._moved(x, self.threat.ascent(self._slope(point), torch.zeros_like(x), box))
+        return clamped_(x + self.threat.ascent(self._slope(point), torch.zeros_like(x), box), self.bounds)
 
 
 @final
@@ -157,9 +157,9 @@ class NFGSM(LossAttack):
         x, threat, bounds = point.x, self.threat, self.bounds
         rows: tuple[Tensor, ...] = ()
         if not point.batch.checked or x.dtype not in (torch.float32, torch.float64):
-            check_attackable(x, threat, bounds, self.out_of_bounds, may_look(self, x))
+            self._check(point)
         ball = threat if self.noise == 1 else threat.scaled(self.noise)
-        z = noisy = self._moved(x, ball.sample_like(x) if self.seed is None else _noise(x, ball, self.seed, index))
+        z = noisy = clamped_(x + noise_for(x, ball, self.seed, index), bounds)
         count = max(1, round(self.share * len(x)))
         if count < len(x):
             rows = torch.randperm(len(x), device=x.device).tensor_split([count])
@@ -167,14 +167,5 @@ class NFGSM(LossAttack):
             point = point.rows(rows[0])
             if bounds is not None and (isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor)):
                 bounds = rows_of(bounds[0], rows[0], z), rows_of(bounds[1], rows[0], z)
-        moved = noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x)
-        if bounds is not None:
-            moved = clamped_(moved, bounds)
+        moved = clamped_(noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x), bounds)
         return z.index_copy(0, rows[0], moved) if rows else moved, rows, point
-
-
-def _noise(x: Tensor, ball: ThreatModel, seed: int | None, index: Tensor | None) -> Tensor:
-    """Uniform noise in a ball for every sample."""
-    if seed is None:
-        return ball.sample_like(x)
-    return noise_for(x, ball, seed, index, 0, torch.arange(len(x), device=x.device))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,10 +27,7 @@ class RandomPenalty(Penalty):
 
     def _noise(self, point: Point, ball: ThreatModel, draw: int = 0) -> Tensor:
         """Noise uniform in the ball for every sample; another one for each number of a draw."""
-        if self.seed is None:
-            return ball.sample_like(point.x)
-        rows = torch.arange(len(point.x), device=point.x.device)
-        return noise_for(point.x, ball, self.seed, point.batch.index, draw, rows)
+        return noise_for(point.x, ball, self.seed, point.batch.index, draw)
 
 
 @final
