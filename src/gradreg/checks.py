@@ -168,15 +168,15 @@ def check_units(x: Tensor, places: Iterable[object], *, normalized: bool) -> Non
                     "- mean) / std, (1 - mean) / std) and eps / std, or let the model normalise (with_normalization)."
                 )
             span = high - low
-        if isinstance(threat, Linf):
-            eps = torch.as_tensor(threat.eps).cpu()
-            if span is not None and bool((eps > torch.as_tensor(span).cpu() * (1 + 1e-6)).any()):
-                check_radius(threat.eps, span)  # which raises
-            elif span is None and highest > 16 and eps.max().item() < 1:
-                warn(
-                    f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / "
-                    "255, or Linf(255 * eps)."
-                )
+        if not isinstance(threat, Linf):
+            continue
+        if span is not None:
+            check_radius(threat.eps, span)
+        elif highest > 16 and torch.as_tensor(threat.eps).max().item() < 1:
+            warn(
+                f"x reaches {highest:.3g}, as bytes do, but {threat} is in units of pixels in [0, 1]. Pass x / 255, or "
+                "Linf(255 * eps)."
+            )
 
 
 def check_bounds(x: Tensor, low: Tensor, high: Tensor) -> None:

@@ -202,10 +202,8 @@ class PenalizedLoss(nn.Module):
         places: list[object] = [self.at]
         for name in weights:
             penalty = self.terms[name].penalty
-            unit, repeats = (
-                unit or getattr(penalty, "threat", None),
-                repeats or getattr(penalty, "looks_elsewhere", True),
-            )
+            unit = unit or getattr(penalty, "threat", None)
+            repeats = repeats or getattr(penalty, "looks_elsewhere", True)
             places.append(penalty)
         if not transformed:
             if inputs.x.grad_fn is not None:

@@ -112,7 +112,7 @@ class Point:
             look=look and not transformed, replay=replay,
         )  # fmt: skip
         made = Point.of(batch, inputs.x)
-        self.__class__ = type(made)
+        self.__class__ = type(made)  # another one inside a transform
         vars(self).update(vars(made))
 
     @staticmethod
@@ -178,9 +178,9 @@ class Point:
         """
         return self.batch.differentiation.gradient(self, of)
 
-    def at(self, z: Tensor, *, differentiable: bool = True) -> "Point":
-        """The same samples at another input, which is a constant: another value of the same function."""
-        return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=False)
+    def at(self, z: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
+        """The same samples at another input, a constant: another value of the same function; see :meth:`of`."""
+        return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=counts)
 
     def rows(self, rows: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
         """Some of the samples, as a batch whose passes draw random numbers of their own; see :meth:`of`."""
@@ -196,10 +196,6 @@ class Point:
             classes=[(selector, chosen[rows]) for selector, chosen in whole.classes] if whole.classes else [],
         )
         return Point.of(part, self.x[rows], differentiable=differentiable, counts=counts)
-
-    def moved_to(self, z: Tensor, *, differentiable: bool = True) -> "Point":
-        """Where the step is taken: the one point whose forward pass moves running statistics."""
-        return Point.of(self.batch, z.detach(), differentiable=differentiable)
 
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
         """The logits of some samples at other inputs, as a function that an attack differentiates."""
@@ -322,8 +318,8 @@ class Parts(Point):
     def losses(self) -> Tensor:
         return self.once("losses", lambda: self._joined(lambda part: part.losses))
 
-    def at(self, z: Tensor, *, differentiable: bool = True) -> Point:
-        parts = [part.at(z[rows], differentiable=differentiable) for part, rows in self._pairs()]
+    def at(self, z: Tensor, *, differentiable: bool = True, counts: bool = False) -> Point:
+        parts = [part.at(z[rows], differentiable=differentiable, counts=counts) for part, rows in self._pairs()]
         return Parts(self, parts, self._rows)
 
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:

@@ -86,9 +86,8 @@ class Replay(ABC):
         start, now = self.drawn_from.get(stage), _random_states(self._device)
         if start is None:
             yield
-            if _differ(
-                now, _random_states(self._device)
-            ):  # what has drawn nothing, in evaluation mode say, does not count
+            # A block that has drawn nothing, in evaluation mode say, does not count as the first.
+            if _differ(now, _random_states(self._device)):
                 self.drawn_from[stage] = now
             return
         try:

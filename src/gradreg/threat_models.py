@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
 import torch
 from jaxtyping import Float
@@ -389,9 +389,10 @@ def clamped_(z: Tensor, bounds: Bounds | None) -> Tensor:
         return z
     if isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor):
         bounds = bounds_like(bounds, z)
+    low, high = cast("tuple[Tensor, Tensor]", bounds)  # the stubs know either pair, not one type for both
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z):
-        return z.clamp(*bounds)  # type: ignore[arg-type]
-    return z.clamp_(*bounds)  # type: ignore[arg-type]  # the stubs know either pair, not one type for both
+        return z.clamp(low, high)
+    return z.clamp_(low, high)
 
 
 def room(x: Tensor, bounds: Bounds) -> Box:

@@ -134,9 +134,9 @@ def _mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         branches = {name: function(*(getattr(each, name) for each in (tree, *others))) for name in names}
         return dataclasses.replace(tree, **branches)
     if isinstance(tree, Mapping):
-        result = copy.copy(tree)
+        result: Any = copy.copy(tree)  # of its own class; one that cannot be written to raises
         for key in tree:
-            result[key] = function(tree[key], *(other[key] for other in others))  # type: ignore[index]
+            result[key] = function(tree[key], *(other[key] for other in others))
         return result
     if not _is_list(tree):
         return tree

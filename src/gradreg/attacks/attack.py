@@ -89,7 +89,7 @@ class Attack(ABC):
             point: The batch, at its clean input.
             differentiable: Whether input gradients will be asked for there.
         """
-        return point.moved_to(self.perturb(point), differentiable=differentiable)
+        return point.at(self.perturb(point), differentiable=differentiable, counts=True)
 
     def perturb(self, point: Point) -> Tensor:
         """The perturbed inputs of a point, detached."""

@@ -142,10 +142,10 @@ class NFGSM(LossAttack):
             z, rows, part = self._stepped(point, None)
         replay = part.batch.replay
         if part is point or replay is None or not replay.drawn_from or modes.batch_norms(point.batch.model):
-            return point.moved_to(z, differentiable=differentiable)
+            return point.at(z, differentiable=differentiable, counts=True)
         # Those that moved are to be seen by the very network that was attacked, whose random numbers are theirs alone.
-        whole = point.moved_to(z)
-        moved = part.moved_to(z[rows[0]], differentiable=differentiable)
+        whole = point.at(z, counts=True)
+        moved = part.at(z[rows[0]], differentiable=differentiable, counts=True)
         return Parts(whole, [moved, whole.rows(rows[1], differentiable=differentiable)], rows)
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 A backward pass into all leaves comes to the objective's own leaf, too. The objective has taken the gradient of that
 leaf by name and reads no other. So a first layer, which has the largest images, need not compute the gradient of its
-input: it is the dearest of all. Unless somebody looks at that gradient on its way to the leaf: a hook on the normalised
-images, say. PyTorch tells nobody which hooks a graph has, so they are looked for in three places.
+input: it is the most expensive of all. Unless somebody looks at that gradient on its way to the leaf: a hook on the
+normalised images, say. PyTorch tells nobody which hooks a graph has, so they are looked for in three places.
 
 * Hooks on tensors are seen when they are set, by the function mode, as long as the model runs. The tensor may be gone
   when its gradient comes.
@@ -13,7 +13,7 @@ images, say. PyTorch tells nobody which hooks a graph has, so they are looked fo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 from weakref import ref
 
 from torch import Tensor
@@ -41,7 +41,7 @@ class Entrance:
     seen: dict[int, ref[Tensor]] = field(default_factory=dict)
     hooked: bool = False
 
-    def see(self, arguments: Iterable[object]) -> None:
+    def see(self, arguments: Iterable[Any]) -> None:
         """Take note of the tensors that a function of PyTorch is called with.
 
         What lies before a layer is an argument of some call. The input of the model is the result of none.
@@ -49,9 +49,9 @@ class Entrance:
         for argument in arguments:
             kind = type(argument)
             if kind is Tensor:
-                self.seen[id(argument)] = ref(argument)  # type: ignore[arg-type]
+                self.seen[id(argument)] = ref(argument)
             elif kind is list or kind is tuple:
-                self.see(argument)  # type: ignore[arg-type]
+                self.see(argument)
 
     def see_hook(self, tensor: Tensor) -> None:
         """Take note that a hook is set on a tensor."""
