@@ -59,33 +59,34 @@ def checked(model: nn.Module, x: object, y: object = None) -> PreflightReport:
 
 def works(model: nn.Module, x: object, y: object = None, objective: PenalizedLoss | None = None) -> bool:
     """A step taken: does it run, and are its gradients finite and not all zero?"""
-    try:
+
+    def step() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GradregWarning)
             (objective or thesis())(model, x, y, 0).total.backward()
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # else the gradients stay with the unsharded parameters
-    except Exception:  # whatever it raises, the step did not work
-        return False
-    finally:
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        for parameter in model.parameters():
-            parameter.grad = None
-    return all(bool(g.isfinite().all()) for g in grads) and any(bool(g.any()) for g in grads)
+
+    return _trains(model, step)
 
 
 def penalty_trains(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     """By hand: the gradient of the L1 norm of the input gradient alone, by double backward."""
-    try:
+
+    def step() -> None:
         leaf = x.detach().requires_grad_()
         losses = F.cross_entropy(model(leaf.clone()), y, reduction="none")
         (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
         grad.abs().sum().backward()
+
+    return _trains(model, step)
+
+
+def _trains(model: nn.Module, step: Callable[[], None]) -> bool:
+    try:
+        step()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()
-    except Exception:
+                module.reshard()  # else the gradients stay with the unsharded parameters
+    except Exception:  # whatever it raises, the step did not work
         return False
     finally:
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -129,8 +129,9 @@ def _five_steps(dtype: torch.dtype, **options: object) -> float:
     return max((a - b).abs().max().item() for a, b in pairs) / largest
 
 
-def _accumulated() -> float:
-    objective, (x, y) = _objective(), _batch()
+def _accumulated(objective: PenalizedLoss) -> float:
+    """Two parts of each rank's batch, of which only the second exchanges gradients."""
+    x, y = _batch()
     wrapped = DistributedDataParallel(PenalizedModel(_model(), objective))
     first, second = (list(zip(_shard(x).chunk(2), _shard(y).chunk(2), strict=True))[i] for i in (0, 1))
     with wrapped.no_sync():
@@ -196,17 +197,6 @@ def _half_of_equal_samples(**options: object) -> float:
     return max(_error(together, expected), _error(outside, expected))
 
 
-def _recommended_and_accumulated() -> float:
-    """Two parts of each rank's batch, of which only the second exchanges gradients."""
-    objective, (x, y) = PenalizedLoss(CRITERION, at=NFGSM(Linf(0.1), noise=0.0)), _batch()
-    wrapped = DistributedDataParallel(PenalizedModel(_model(), objective))
-    first, second = (list(zip(_shard(x).chunk(2), _shard(y).chunk(2), strict=True))[i] for i in (0, 1))
-    with wrapped.no_sync():
-        (wrapped(*first).total / 2).backward()
-    (wrapped(*second).total / 2).backward()
-    return _error(wrapped, _reference(objective))
-
-
 def _after_an_attack() -> float:
     """An attack through the wrapper leaves its reducer as it was."""
     objective, (x, y) = _objective(), _batch()
@@ -257,7 +247,7 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp together, find_unused_parameters": lambda: _together(find_unused_parameters=True),
     "ddp together, gradient_as_bucket_view": lambda: _together(gradient_as_bucket_view=True),
     "ddp together, tiny buckets": lambda: _together(bucket_cap_mb=1e-4),
-    "ddp together, no_sync accumulation": _accumulated,
+    "ddp together, no_sync accumulation": lambda: _accumulated(_objective()),
     "ddp five steps, float64": lambda: _five_steps(torch.float64),
     "ddp five steps, float32": lambda: _five_steps(torch.float32),
     "ddp five steps, find_unused_parameters": lambda: _five_steps(torch.float64, find_unused_parameters=True),
@@ -273,7 +263,7 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp recommended together, dropout, static_graph": lambda: _at(RECOMMENDED, _dropping, static_graph=True),
     "ddp recommended together, BatchNorm": lambda: _at(RECOMMENDED, _normalising),
     "ddp recommended together, with penalties": lambda: _at(RECOMMENDED, penalised=True),
-    "ddp recommended together, no_sync accumulation": _recommended_and_accumulated,
+    "ddp recommended together, no_sync accumulation": lambda: _accumulated(PenalizedLoss(CRITERION, at=STEADY)),
     "ddp recommended outside": lambda: _at(RECOMMENDED, outside=True),
     "ddp recommended outside, static_graph": lambda: _at(RECOMMENDED, outside=True, static_graph=True),
     "ddp recommended outside, find_unused_parameters": lambda: _at(
