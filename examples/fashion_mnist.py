@@ -1,4 +1,4 @@
-"""What withstands small perturbations for how much: many ways to train the same networks on Fashion-MNIST.
+"""What is robust to small perturbations, and at what cost: many ways to train the same networks on Fashion-MNIST.
 
     python examples/fashion_mnist.py --afresh                          # one network, one seed, short: some minutes
     python examples/fashion_mnist.py --nets convnet vit --eps 8/255 0.1 --steps 500 2000 --seeds 0 1 2 3 4

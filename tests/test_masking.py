@@ -140,8 +140,8 @@ class TestMaskedNets:
         right = _right(digits, net)
         assert numbers(found["zero gradients"].evidence)[:2] == [right, right]
         assert "loss does not rise with steps" in found
-        fooled, withstood, steps = numbers(found["black box beats white box"].evidence.split("fools")[1])
-        assert (withstood, steps) == (right, 50)
+        fooled, robust, steps = numbers(found["black box beats white box"].evidence.split("fools")[1])
+        assert (robust, steps) == (right, 50)
         assert fooled > 0.2 * right
         survivors, of = numbers(found["survives any perturbation"].evidence)[:2]
         assert 0.05 * right < survivors <= of == right

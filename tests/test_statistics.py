@@ -737,7 +737,7 @@ def test_groups_are_the_verdicts_of_an_evaluation() -> None:
     norms = torch.tensor(found.values["norm"])
     robust = torch.tensor(report.robust)
     assert 0 < robust.sum() < 12
-    assert found.summary("norm", "withstands").mean == pytest.approx(norms[robust].mean().item())
+    assert found.summary("norm", "robust").mean == pytest.approx(norms[robust].mean().item())
     assert found.summary("norm", "fooled").mean == pytest.approx(norms[~robust].mean().item())
     assert found.summary("norm").n == 12
 

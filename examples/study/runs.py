@@ -40,7 +40,7 @@ class Run:
 
     @property
     def threat(self) -> Linf:
-        """The perturbations to withstand."""
+        """The perturbations to be robust to."""
         return Linf(float(Fraction(self.eps)))
 
     @property

@@ -23,7 +23,7 @@ from gradreg.streaming import (
     check_batch,
     classified,
     describe,
-    withstands,
+    is_correct,
     work_through,
 )
 from gradreg.threat_models import Linf
@@ -262,7 +262,7 @@ class _Hunt:
         attack = self._attack.scaled(factor)
         start = None if self._delta is None else self._delta[rows]
         x_adv = attack(self._model, x, y, index=self._index[rows.to(self._index.device)], start=start)
-        fooled = ~withstands(self._model, x_adv, y if y.ndim == 1 else y.argmax(1))
+        fooled = ~is_correct(self._model, x_adv, y if y.ndim == 1 else y.argmax(1))
         if self._delta is None:
             self._delta = torch.zeros_like(self.x)
         self._delta[rows] = x_adv - x

@@ -13,7 +13,7 @@ from gradreg.criteria import cross_entropy, margin
 from gradreg.differentiation import InputOnly
 from gradreg.evaluation.report import Flag
 from gradreg.point import Point
-from gradreg.streaming import Model
+from gradreg.streaming import Model, is_correct
 from gradreg.threat_models import Bounds, Linf, ThreatModel
 
 _STEPS = 50
@@ -100,14 +100,14 @@ def _flags(
         return model(z) + 0 * z.flatten(1).sum(1, keepdim=True)
 
     flags.append(_zero_gradients(connected, x, y))
-    steps, withstood = _small_steps(connected, x, y, threat, bounds)
+    steps, robust = _small_steps(connected, x, y, threat, bounds)
     single = FGSM(threat, bounds=bounds, out_of_bounds="clamp")
-    flags += [steps, _one_step(withstood, _withstands(model, single(connected, x, y), y))]
+    flags += [steps, _one_step(robust, is_correct(model, single(connected, x, y), y))]
     search = black_box or RandomSearch(threat, bounds=bounds, out_of_bounds="clamp")
-    flags.append(_black_box(search.for_evaluation(seed), model, x, y, withstood))
+    flags.append(_black_box(search.for_evaluation(seed), model, x, y, robust))
     if surrogate is not None:
         pgd_there = PGDAttack(threat, steps=20, bounds=bounds, out_of_bounds="clamp", seed=seed, mode="eval")
-        flags.append(_black_box(TransferAttack(pgd_there, surrogate), model, x, y, withstood))
+        flags.append(_black_box(TransferAttack(pgd_there, surrogate), model, x, y, robust))
     return [*flags, _any_perturbation(connected, x, y, threat, bounds, seed)]
 
 
@@ -143,14 +143,14 @@ def _zero_gradients(model: Model, x: Tensor, y: Tensor) -> Flag:
 def _small_steps(model: Model, x: Tensor, y: Tensor, threat: ThreatModel, bounds: Bounds | None) -> tuple[Flag, Tensor]:
     """The mean loss on the way of one long attack, and which samples stayed correct at every step."""
     path: list[float] = []
-    withstood = torch.ones_like(y, dtype=torch.bool)
+    robust = torch.ones_like(y, dtype=torch.bool)
 
     def losses_at(z: Tensor, rows: Tensor) -> Tensor:
-        nonlocal withstood
+        nonlocal robust
         logits = model(z)
         losses = cross_entropy(logits, y[rows])
         path.append(losses.detach().double().mean().item())
-        withstood = withstood & (logits.detach().argmax(1) == y)
+        robust = robust & (logits.detach().argmax(1) == y)
         return losses
 
     pgd(
@@ -170,25 +170,25 @@ def _small_steps(model: Model, x: Tensor, y: Tensor, threat: ThreatModel, bounds
         path[-1] < top - 0.05 * abs(top) or path[-1] <= path[0],
         f"mean cross-entropy after 0, 1, 5, 20 and {_STEPS} steps: {shown}; highest {top:.4g}",
     )
-    return flag, withstood
+    return flag, robust
 
 
-def _one_step(withstood: Tensor, withstood_one: Tensor) -> Flag:
-    one, many, n = int(withstood_one.sum()), int(withstood.sum()), len(withstood)
+def _one_step(robust: Tensor, robust_to_one: Tensor) -> Flag:
+    one, many, n = int(robust_to_one.sum()), int(robust.sum()), len(robust)
     return Flag(
         "one step beats iterative",
         one < many,
-        f"of {n} samples {one} withstand one step (FGSM) and {many} withstand {_STEPS} (PGD)",
+        f"of {n} samples {one} are robust to one step (FGSM) and {many} to {_STEPS} (PGD)",
     )
 
 
-def _black_box(attack: Attack, model: Model, x: Tensor, y: Tensor, withstood: Tensor) -> Flag:
+def _black_box(attack: Attack, model: Model, x: Tensor, y: Tensor, robust: Tensor) -> Flag:
     x_adv = attack(model, x, y, index=torch.arange(len(x)))
-    fooled = int((withstood & ~_withstands(model, x_adv, y)).sum())
+    fooled = int((robust & ~is_correct(model, x_adv, y)).sum())
     return Flag(
         "black box beats white box",
         fooled > 0,
-        f"{attack.name} fools {fooled} of the {int(withstood.sum())} samples that withstand PGD with {_STEPS} steps",
+        f"{attack.name} fools {fooled} of the {int(robust.sum())} samples that are robust to PGD with {_STEPS} steps",
     )
 
 
@@ -211,15 +211,11 @@ def _any_perturbation(
         attack = PGDAttack(
             everything, criterion=criterion, steps=20, bounds=bounds, out_of_bounds="clamp", early_stop=True, seed=seed
         )
-        left = left & _withstands(model, attack(model, x, y), y)
+        left = left & is_correct(model, attack(model, x, y), y)
     survivors = int(left.sum())
     return Flag(
         name,
         survivors > 0.05 * len(x),
-        f"{survivors} of {len(x)} samples withstand PGD in a ball {reach:.3g} times as large, which holds every input",
+        f"{survivors} of {len(x)} samples are robust to PGD in a ball {reach:.3g} times as large, which holds every "
+        "input",
     )
-
-
-def _withstands(model: Model, x_adv: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x_adv).argmax(1) == y

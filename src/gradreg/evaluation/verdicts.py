@@ -26,7 +26,7 @@ from gradreg.streaming import (
     check_batch,
     classified,
     describe,
-    withstands,
+    is_correct,
     work_through,
 )
 from gradreg.threat_models import ThreatModel
@@ -148,9 +148,9 @@ def _verdicts(
         with model.cost() as costs[name], _collected(flags, name, told):
             if len(rows):
                 x_adv = _attacked(attack, model, x[rows], y[rows], batch.index[rows.to(batch.index.device)])
-                withstood = withstands(model, x_adv, classes[rows])
-                robust[rows[~withstood]] = False
-                for row, verdict in zip(rows.tolist(), as_text(withstood), strict=True):
+                held = is_correct(model, x_adv, classes[rows])
+                robust[rows[~held]] = False
+                for row, verdict in zip(rows.tolist(), as_text(held), strict=True):
                     verdicts[row] = verdict
         found[name] = "".join(verdicts)
     if masking:

@@ -33,14 +33,14 @@ from gradreg.streaming import (
     check_batch,
     classified,
     describe,
-    withstands,
+    is_correct,
     work_through,
 )
 
 KIND = "gradreg measurements"
 VERSION = 1
 
-Group = Literal["all", "withstands", "fooled"]
+Group = Literal["all", "robust", "fooled"]
 Statistic = Callable[[Point], Tensor]  # a penalty, or any function of a point
 
 
@@ -86,11 +86,11 @@ class Measurements:
         Raises:
             ValueError: If there was none.
         """
-        self._check_group("withstands")
+        self._check_group("robust")
         return Proportion(self.attacked.count(RIGHT), self.n)
 
     def summary(self, name: str, group: Group = "all") -> Summary:
-        """A statistic over all samples, or over those that withstand the attack, or do not.
+        """A statistic over all samples, or over those that are robust to the attack, or are not.
 
         Args:
             name: Of the statistic.
@@ -102,7 +102,7 @@ class Measurements:
             ValueError: If there was no attack to group by.
         """
         self._check_group(group)
-        kept = {"withstands": RIGHT, "fooled": WRONG}.get(group)
+        kept = {"robust": RIGHT, "fooled": WRONG}.get(group)
         found = self.values[name]
         if kept is not None:
             found = [value for value, verdict in zip(found, self.attacked, strict=True) if verdict == kept]
@@ -127,7 +127,7 @@ class Measurements:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, and the summaries, as JSON holds it; what is undefined is null."""
-        groups: list[Group] = ["all", "withstands", "fooled"] if self.attacked else ["all"]
+        groups: list[Group] = ["all", "robust", "fooled"] if self.attacked else ["all"]
         return {
             "kind": KIND,
             "version": VERSION,
@@ -161,8 +161,8 @@ class Measurements:
         return cls(**{name: content[name] for name in fields} | {"values": _restored(content["values"])})
 
     def _check_group(self, group: Group) -> None:
-        if group not in ("all", "withstands", "fooled"):
-            raise ValueError(f'group is "all", "withstands" or "fooled", got {group!r}.')
+        if group not in ("all", "robust", "fooled"):
+            raise ValueError(f'group is "all", "robust" or "fooled", got {group!r}.')
         if group != "all" and not self.attacked:
             raise ValueError("There was no attack to group the samples by: measure(..., attack=PGDAttack(...)).")
 
@@ -193,7 +193,7 @@ def measure(
         loader: Batches ``(x, y)``, in the units in which gradients are to be taken: pixels in [0, 1].
         penalties: What to measure: penalties, or functions of a :class:`gradreg.Point` to one number per sample. A
             mapping gives them other names than their own.
-        attack: Groups the samples by whether they withstand it (Table 4.1 of the thesis).
+        attack: Groups the samples by whether they are robust to it (Table 4.1 of the thesis).
         seed: Of all noise that has no seed of its own: of the attack and of the penalties.
         state: File to which every finished batch is written, and from which an interrupted run goes on.
         device: Where batches are moved. Default: where the model's first parameter is.
@@ -220,7 +220,7 @@ def measure(
             x, y, classes, right = _read(counted, batch, attack)
             record = {"clean": as_text(right), "values": _measured(counted, x, y, batch.index, named)}
             if attack is not None:
-                record["attacked"] = as_text(_withstood(counted, x, y, classes, right, batch.index, attack))
+                record["attacked"] = as_text(_robust(counted, x, y, classes, right, batch.index, attack))
         return {**record, "cost": cost}
 
     records, about = work_through(
@@ -281,7 +281,7 @@ def measure_along(
         with counted.cost() as cost:
             x, y, classes, right = _read(counted, batch, attack)
             x_adv = attack(counted, x, y, index=batch.index)
-            attacked = withstands(counted, x_adv, classes)
+            attacked = is_correct(counted, x_adv, classes)
             values = [_measured(counted, x + scale * (x_adv - x), y, batch.index, named) for scale in places]
         return {"clean": as_text(right), "attacked": as_text(attacked), "along": values, "cost": cost}
 
@@ -397,16 +397,16 @@ def _values(name: str, penalty: Penalty, point: Point) -> list[float | None]:
     return [_or_none(value) for value in values.tolist()]
 
 
-def _withstood(
+def _robust(
     counted: Counted, x: Tensor, y: Tensor, classes: Tensor, right: Tensor, index: Tensor, attack: Attack
 ) -> Tensor:
     """Which samples the model gets right under the attack; those that it gets wrong without one it does not."""
-    withstood = right.clone()
+    robust = right.clone()
     if bool(right.any()):
         rows = right.nonzero().squeeze(1)
         x_adv = attack(counted, x[rows], y[rows], index=index[rows.to(index.device)])
-        withstood[rows] = withstands(counted, x_adv, classes[rows])
-    return withstood
+        robust[rows] = is_correct(counted, x_adv, classes[rows])
+    return robust
 
 
 def _gathered(

@@ -11,7 +11,7 @@ from gradreg.streaming.setting import (
     as_text,
     check_batch,
     classified,
-    withstands,
+    is_correct,
     work_through,
 )
 
@@ -27,6 +27,6 @@ __all__ = [
     "check_batch",
     "classified",
     "describe",
-    "withstands",
+    "is_correct",
     "work_through",
 ]

@@ -125,10 +125,10 @@ def classified(model: Counted, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return classes, logits.argmax(1) == classes
 
 
-def withstands(model: Counted, x_adv: Tensor, classes: Tensor) -> Tensor:
-    """Which perturbed samples the model gets right; one whose logits are NaN it does not."""
+def is_correct(model: Model, x: Tensor, classes: Tensor) -> Tensor:
+    """Which samples the model gets right; one whose logits are NaN it does not."""
     with torch.no_grad():
-        logits = model(x_adv)
+        logits = model(x)
     return (logits.argmax(1) == classes) & ~logits.isnan().any(1)
 
 
