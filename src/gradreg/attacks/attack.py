@@ -74,7 +74,7 @@ class Attack(ABC):
         Raises:
             ValueError: If x lies outside of the bounds or is not finite, eps is in another unit, or labels do not fit.
             TypeError: If x is in half precision, the model returns no tensor, or it is no module for ``mode="eval"``.
-            RuntimeError: If the losses are NaN or do not depend on the input, or inside a transform.
+            RuntimeError: If the losses are NaN or do not depend on the input, or if samples leave inside a transform.
         """
         with self._ready(model):
             return self._perturb(self._point(model, x, y), index)
