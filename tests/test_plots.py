@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from gradreg import (
     FGSM,
     GradNormPenalty,
+    HessianNorm,
     Linf,
+    NormalizedCurvature,
     PGDAttack,
     Point,
     Proportion,
@@ -28,9 +30,7 @@ from gradreg import (
     plots,
 )
 from gradreg.statistics import (
-    Curvature,
     EdgeCorrelation,
-    HessianNorm,
     LogHistogram,
     Loss,
     Measurements,
@@ -86,10 +86,10 @@ FIGURES: dict[str, Callable[[dict[str, nn.Module], tuple[Tensor, Tensor]], Figur
     "edge_scatter": lambda models, batch: plots.edge_scatter(models, batch[0][:1], batch[1][:1], EdgeCorrelation()),
     "along_attack": lambda models, batch: plots.along_attack(
         {
-            n: measure_along(m, [batch], FGSM(Linf(0.1)), [0.0, 1.0], [Loss(), Curvature(2)], progress=False)
+            n: measure_along(m, [batch], FGSM(Linf(0.1)), [0.0, 1.0], [Loss(), NormalizedCurvature(2)], progress=False)
             for n, m in models.items()
         },
-        ["loss", "curvature"],
+        ["loss", "normalized curvature"],
     ),
     "convergence": lambda models, batch: plots.convergence(
         {n: HessianNorm(4).path(Point(m.eval(), cross_entropy, *batch)).detach() for n, m in models.items()}

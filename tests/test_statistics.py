@@ -26,7 +26,10 @@ from gradreg import (
     GradientPenalty,
     GradNormPenalty,
     GradregWarning,
+    HessianNorm,
     Linf,
+    LocalLinearity,
+    NormalizedCurvature,
     PenalizedLoss,
     Penalty,
     PGDAttack,
@@ -42,11 +45,9 @@ from gradreg import (
 )
 from gradreg import statistics as gs
 from gradreg.differentiation import Differentiation, DoubleBackward, InputOnly
+from gradreg.penalties import hessian_product
 from gradreg.statistics import (
-    Curvature,
     EdgeCorrelation,
-    HessianNorm,
-    LocalLinearity,
     LogHistogram,
     Loss,
     Measurements,
@@ -54,7 +55,6 @@ from gradreg.statistics import (
     SignAgreement,
     Summary,
     gradient_histograms,
-    hessian_product,
     measure,
     measure_along,
     pearson,
@@ -156,7 +156,7 @@ class TestQuadraticLoss:
     def test_curvature(self) -> None:
         matrix, slope = symmetric(5), torch.randn(5, dtype=torch.float64)
         x = 0.1 * torch.randn(3, 5, dtype=torch.float64)
-        found = values(Curvature(iterations=400, offset=0.25), quadratic(matrix, slope), x, ZERO.expand(3))
+        found = values(NormalizedCurvature(iterations=400, offset=0.25), quadratic(matrix, slope), x, ZERO.expand(3))
         expected = torch.linalg.eigvalsh(matrix).abs().max() / ((slope + x @ matrix).norm(dim=1) + 0.25)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
@@ -200,7 +200,7 @@ def test_a_loss_linear_in_x_is_straight() -> None:
     batch = torch.rand(4, 3, dtype=torch.float64), ZERO.expand(4)
     assert (values(LocalLinearity(Linf(0.5)), model, *batch) < 1e-24).all()
     assert (values(HessianNorm(), model, *batch) < 1e-9).all()
-    assert (values(Curvature(), model, *batch) < 1e-9).all()
+    assert (values(NormalizedCurvature(), model, *batch) < 1e-9).all()
     assert (values(SignAgreement(Linf(0.5)), model, *batch) == 1).all()
     assert values(HessianNorm(), nn.Linear(3, 1).double(), *batch).tolist() == [0.0] * 4  # one class: loss 0
 
@@ -329,7 +329,10 @@ def test_hessian_norm_and_curvature_train_with_directions_held_fixed(name: str, 
         return (0.3 * size + 0.2 * size / (slope.flatten(1).norm(dim=1) + 0.1)).mean()
 
     settings = {"iterations": 3, "start": "gradient", "estimate": estimate}
-    terms = {"norm": Term(HessianNorm(**settings), 0.3), "curvature": Term(Curvature(**settings, offset=0.1), 0.2)}
+    terms = {
+        "norm": Term(HessianNorm(**settings), 0.3),
+        "curvature": Term(NormalizedCurvature(**settings, offset=0.1), 0.2),
+    }
     objective = PenalizedLoss(terms=terms, loss_weight=0.0, differentiation=DoubleBackward(fused=fused))
     assert_trains(objective, total, model, x, y)
 
@@ -381,7 +384,7 @@ def test_a_hessian_needs_second_derivatives() -> None:
 
 def test_without_a_seed_every_step_draws_anew_and_with_one_it_does_not() -> None:
     model, batch = make_model("conv"), make_batch(3)
-    for penalty in (HessianNorm(1), Curvature(1), LocalLinearity(Linf(0.2)), SignAgreement(Linf(2.0))):
+    for penalty in (HessianNorm(1), NormalizedCurvature(1), LocalLinearity(Linf(0.2)), SignAgreement(Linf(2.0))):
         assert not torch.equal(values(penalty, model, *batch), values(penalty, model, *batch))
         seeded = penalty.seeded(4)
         assert torch.equal(values(seeded, model, *batch), values(replace(penalty, seed=4), model, *batch))
@@ -400,7 +403,7 @@ STATISTICS: dict[str, Penalty] = {
     "correlation": EdgeCorrelation(sigma=0.6),
     "edge pixels": EdgeCorrelation(sigma=0.6, clamp=0.1, edges_only=True, channels="max"),
     "Hessian": HessianNorm(iterations=3, seed=0),
-    "curvature": Curvature(iterations=3, start="gradient", estimate="rayleigh", seed=0),
+    "curvature": NormalizedCurvature(iterations=3, start="gradient", estimate="rayleigh", seed=0),
     "linearity": LocalLinearity(Linf(0.1), seed=0),
     "function": GradientPenalty(lambda grad, x: grad.square().flatten(1).sum(1)),
 }
@@ -572,9 +575,9 @@ class TestErrors:
         with pytest.raises(ValueError, match="iterations"):
             HessianNorm(iterations=0)
         with pytest.raises(ValueError, match="start"):
-            Curvature(start="zero")
+            NormalizedCurvature(start="zero")
         with pytest.raises(ValueError, match="estimate"):
-            Curvature(estimate="trace")
+            NormalizedCurvature(estimate="trace")
         with pytest.raises(ValueError, match="channels"):
             EdgeCorrelation(channels="mean")
         with pytest.raises(ValueError, match="logarithms"):
@@ -701,9 +704,12 @@ def test_statistics_of_one_point_share_its_gradient() -> None:
     found = measure(model, loader_of(x, y, 3), penalties, progress=False)
     assert found.cost["backward"] == 7
     assert found.cost["forward"] == 14  # one for the verdict, one to differentiate
-    with_hessian = measure(model, [(x, y)], [HessianNorm(4), Curvature(4), *penalties], progress=False)
+    with_hessian = measure(model, [(x, y)], [HessianNorm(4), NormalizedCurvature(4), *penalties], progress=False)
     assert with_hessian.cost["forward"] == 21
-    assert measure(model, [(x, y)], [Curvature(4)], progress=False).cost["backward"] == with_hessian.cost["backward"]
+    assert (
+        measure(model, [(x, y)], [NormalizedCurvature(4)], progress=False).cost["backward"]
+        == with_hessian.cost["backward"]
+    )
 
 
 def test_passes_at_other_points_are_counted() -> None:

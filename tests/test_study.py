@@ -116,7 +116,7 @@ def test_training_goes_on_from_what_another_method_made(folder: Path, monkeypatc
 
 @pytest.mark.parametrize(("start", "rates"), [(0.0, [0, 0.5, 1, 0.5, 0]), (1.0, [1, 1, 1, 0.5, 0])])
 def test_the_learning_rate_rises_from_its_start_and_falls_to_0(start: float, rates: list[float]) -> None:
-    found = [runs._learning_rate(progress, start=start) for progress in (0, 0.05, 0.1, 0.55, 1)]
+    found = [runs.learning_rate(progress, start=start) for progress in (0, 0.05, 0.1, 0.55, 1)]
     assert found == pytest.approx(rates)
 
 

@@ -15,7 +15,10 @@ from gradreg import (
     APGDAttack,
     EdgeAlignmentPenalty,
     GradNormPenalty,
+    HessianNorm,
     Linf,
+    LocalLinearity,
+    NormalizedCurvature,
     PGDAttack,
     Point,
     RobustnessCurve,
@@ -28,10 +31,7 @@ from gradreg import (
 )
 from gradreg.differentiation import InputOnly
 from gradreg.statistics import (
-    Curvature,
     EdgeCorrelation,
-    HessianNorm,
-    LocalLinearity,
     LogHistogram,
     Loss,
     Measurements,
@@ -77,7 +77,7 @@ class Settings:
             "gradient, L2 norm": GradNormPenalty(L2(1.0)),
             "gradient, Linf norm": GradNormPenalty(L1(1.0)),
             "Hessian norm": HessianNorm(self.iterations, seed=self.seed),
-            "normalised curvature": Curvature(self.iterations, seed=self.seed),
+            "normalised curvature": NormalizedCurvature(self.iterations, seed=self.seed),
             "local linearity error": LocalLinearity(self.threat, seed=self.seed),
             "edge correlation of the loss's gradient": EdgeCorrelation(),
             "edge correlation of the loss's gradient, edge pixels": EdgeCorrelation(edges_only=True),
@@ -181,7 +181,7 @@ def look_at(label: str, model: nn.Module, images: Images, settings: Settings, fo
     followed = {
         "loss": Loss(),
         "gradient, L1 norm": GradNormPenalty(Linf(1.0)),
-        "normalised curvature": Curvature(2, start="gradient"),
+        "normalised curvature": NormalizedCurvature(2, start="gradient"),
     }
     along = measure_along(model, loader, settings.direction, SCALES, followed, state=state("along"))
     histograms = gradient_histograms(model, loader, state=state("gradients"))

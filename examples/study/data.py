@@ -70,10 +70,15 @@ def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def batches(data: Data, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The same shuffled batches for every method."""
+    for rows in numbers_of_batches(data, steps, seed):
+        yield data.train_x[rows], data.train_y[rows]
+
+
+def numbers_of_batches(data: Data, steps: int, seed: int) -> Iterator[Tensor]:
+    """Which images stand in each of these batches."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(data.train_x) // BATCH_SIZE
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(data.train_x), generator=generator)
-        rows = order[step % per_epoch * BATCH_SIZE :][:BATCH_SIZE]
-        yield data.train_x[rows], data.train_y[rows]
+        yield order[step % per_epoch * BATCH_SIZE :][:BATCH_SIZE]

@@ -59,7 +59,7 @@ def train(run: Run, data: Data, progress: tqdm | None = None) -> nn.Module:
         model.load_state_dict(train(replace(run, method=method.start), data).state_dict())
     optimizer = method.optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate(step / run.steps, start=method.first_rate)
+        optimizer, lambda step: learning_rate(step / run.steps, start=method.first_rate)
     )
     step_of = stepper(method, run.threat, warm_up=0.2 * run.steps)
     torch.manual_seed(run.seed)  # of noise and of the samples drawn
@@ -83,7 +83,7 @@ def stepper(method: Method, threat: Linf, warm_up: float) -> Any:
     return step
 
 
-def _learning_rate(progress: float, start: float) -> float:
+def learning_rate(progress: float, start: float) -> float:
     """Up in the first tenth of the training, then down along half a cosine wave; of the largest rate."""
     if progress < 0.1:
         return start + (1 - start) * progress / 0.1
@@ -98,12 +98,12 @@ def perform(run: Run, data: Data, folder: Path, *, autoattack: bool, bar: tqdm |
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():
-        clean = int(sum((model(x).argmax(1) == y).sum() for x, y in _chunks(data, len(data.x))))
+        clean = int(sum((model(x).argmax(1) == y).sum() for x, y in chunks(data, len(data.x))))
     attacks = {
         "APGD-CE": APGDAttack(run.threat, seed=0),
         "APGD-T": TargetedAPGDAttack(run.threat, halving=True, seed=0),
     }
-    report = evaluate(model, _chunks(data, IMAGES), attacks, masking=0, progress=False)
+    report = evaluate(model, chunks(data, IMAGES), attacks, masking=0, progress=False)
     attacked = time.process_time()
     result: dict[str, Any] = {
         **asdict(run),
@@ -117,7 +117,7 @@ def perform(run: Run, data: Data, folder: Path, *, autoattack: bool, bar: tqdm |
     }
     if autoattack:
         standard = evaluate(
-            model, _chunks(data, AUTOATTACK_IMAGES), [AutoAttack(run.threat, seed=0)], masking=0, progress=False
+            model, chunks(data, AUTOATTACK_IMAGES), [AutoAttack(run.threat, seed=0)], masking=0, progress=False
         )
         result |= {"autoattack": sum(standard.robust), "autoattack_of": standard.n}
         result["cpu_seconds"]["AutoAttack"] = round(time.process_time() - attacked, 1)
@@ -127,7 +127,8 @@ def perform(run: Run, data: Data, folder: Path, *, autoattack: bool, bar: tqdm |
     return result
 
 
-def _chunks(data: Data, images: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def chunks(data: Data, images: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The first images to evaluate on, in batches."""
     return zip(data.x[:images].split(500), data.y[:images].split(500), strict=True)
 
 

@@ -10,13 +10,16 @@ from gradreg.attacks import (
     Noise,
     PGDAttack,
     RandomSearch,
+    RememberedStart,
     TargetedAPGDAttack,
     TransferAttack,
     apgd,
     pgd,
 )
 from gradreg.checks import GradregWarning
-from gradreg.criteria import cross_entropy, dlr, kl_divergence, margin, targeted_dlr
+from gradreg.collapse import CollapseAlarm
+from gradreg.controllers import Controller, ConvergenceWeight, SpikeWeight
+from gradreg.criteria import boosted_cross_entropy, cross_entropy, dlr, kl_divergence, margin, targeted_dlr
 from gradreg.differentiation import Differentiation, DoubleBackward, FiniteDifference
 from gradreg.edges import contour_energy, oriented_energy
 from gradreg.evaluation import (
@@ -34,10 +37,19 @@ from gradreg.intervals import PairedComparison, Proportion, mcnemar, wilson
 from gradreg.normalization import Normalize, with_normalization
 from gradreg.objective import PenalizedLoss, PenalizedModel, PenalizedOutput
 from gradreg.penalties import (
+    Curvature,
     EdgeAlignmentPenalty,
+    GradientAlignment,
     GradientPenalty,
     GradNormPenalty,
+    HessianNorm,
+    JacobianPenalty,
+    LocalLinearity,
+    LogitPairing,
+    NormalizedCurvature,
     Penalty,
+    SaliencyAlignment,
+    WorstLocalLinearity,
     edge_alignment,
     grad_norm,
 )
@@ -49,6 +61,7 @@ from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify, u
 from gradreg.state import StateError
 from gradreg.terms import Term
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
+from gradreg.weight_perturbation import adversarial_weights
 
 __all__ = [
     "FGSM",
@@ -60,6 +73,10 @@ __all__ = [
     "AttackResult",
     "AutoAttack",
     "ClassSelector",
+    "CollapseAlarm",
+    "Controller",
+    "ConvergenceWeight",
+    "Curvature",
     "Differentiation",
     "DoubleBackward",
     "EdgeAlignmentPenalty",
@@ -67,13 +84,19 @@ __all__ = [
     "FiniteDifference",
     "Flag",
     "GradNormPenalty",
+    "GradientAlignment",
     "GradientPenalty",
     "GradregWarning",
+    "HessianNorm",
     "IteratedAttack",
+    "JacobianPenalty",
     "Linf",
+    "LocalLinearity",
+    "LogitPairing",
     "Noise",
     "NonSmooth",
     "Normalize",
+    "NormalizedCurvature",
     "PGDAttack",
     "PairedComparison",
     "PenalizedLoss",
@@ -84,17 +107,23 @@ __all__ = [
     "PreflightReport",
     "Proportion",
     "RandomSearch",
+    "RememberedStart",
     "RobustnessCurve",
     "RobustnessReport",
+    "SaliencyAlignment",
     "Schedule",
     "SmoothReport",
+    "SpikeWeight",
     "StateError",
     "TargetedAPGDAttack",
     "Term",
     "ThreatModel",
     "TransferAttack",
+    "WorstLocalLinearity",
     "accuracy_curve",
+    "adversarial_weights",
     "apgd",
+    "boosted_cross_entropy",
     "class_scores",
     "constant",
     "contour_energy",

@@ -26,6 +26,25 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
+def boosted_cross_entropy(logits: Float[Tensor, "B K"], y: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    r"""Cross-entropy with a margin, :math:`-\log p_y - \log(1 - \max_{k \ne y} p_k)`: the loss of MART.
+
+    Wang, Zou, Yi, Bailey, Ma & Gu, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples" (ICLR
+    2020). The second term counts what the best other class still has.
+
+    Example:
+        >>> import torch
+        >>> boosted_cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        tensor([1.3863])
+    """
+    _check_classes("boosted_cross_entropy", logits, y, at_least=2)
+    logs = logits.log_softmax(1)
+    # log(1 - p), for p up to 1: the sum of the other probabilities, by their logarithms.
+    best = logs.scatter(1, y.unsqueeze(1), -torch.inf).argmax(1, keepdim=True)
+    rest = logs.scatter(1, best, -torch.inf).logsumexp(1)
+    return -_of(logs, y) - rest
+
+
 def kl_divergence(logits: Float[Tensor, "B K"], y: Tensor) -> Float[Tensor, "B"]:
     r"""Divergence of the model's prediction from y, :math:`\mathrm{KL}(y \,\|\, \mathrm{softmax}(z))`, in nats.
 
@@ -134,4 +153,4 @@ def _check_classes(name: str, logits: Tensor, y: Tensor, at_least: int) -> None:
         )
 
 
-_OF_CLASSES = (cross_entropy, kl_divergence, margin, dlr, F.cross_entropy, F.nll_loss)
+_OF_CLASSES = (cross_entropy, boosted_cross_entropy, kl_divergence, margin, dlr, F.cross_entropy, F.nll_loss)

@@ -1,23 +1,29 @@
 """The training objective: the loss that you have, where it is taken, and penalties."""
 
-from collections.abc import Callable, Mapping
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradreg import checks, model_checks
-from gradreg.attacks import Attack
+from gradreg import checks, model_checks, modes
+from gradreg.attacks import Attack, RememberedStart
+from gradreg.collapse import CollapseAlarm
 from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import Differentiation, DoubleBackward, InputOnly, Requests
 from gradreg.gradients import in_transform
+from gradreg.passes import Cost, count
 from gradreg.point import Batch, Model, Parts, Point
 from gradreg.replay import EagerReplay, TransformedReplay
-from gradreg.schedules import Schedule
 from gradreg.selectors import ClassSelector
-from gradreg.terms import Term, checked_weight, scheduled
+from gradreg.terms import Term, Weight, checked_weight, scheduled, sees_two
 from gradreg.trees import Inputs, usable
+
+_NUMBER = (int, float)
+_TRIED = 60  # samples of the step that cost() takes: shares of them are whole numbers
 
 
 class PenalizedOutput(NamedTuple):
@@ -83,6 +89,7 @@ class PenalizedLoss(nn.Module):
             has any, and all of it if not.
         inner_scale: Factor on a score while its input gradient is taken, divided out in float32. For float16, whose
             range ends at 6e-8: a constant such as ``2**10`` keeps small gradients from flushing to 0.
+        alarm: Warns when training against an attack of one step collapses: :class:`gradreg.CollapseAlarm`.
         validate: Whether to look at the values of x and y at every call also where that synchronises (on a GPU).
 
     Example:
@@ -99,17 +106,18 @@ class PenalizedLoss(nn.Module):
         terms: Mapping[str, Term] | None = None,
         *,
         at: Attack | None = None,
-        loss_weight: float | Schedule = 1.0,
+        loss_weight: Weight = 1.0,
         differentiation: Differentiation | None = None,
         fraction: float = 1.0,
         perturb: str | int | None = None,
         output: Callable[[Any], Any] | None = None,
         inner_scale: float = 1.0,
+        alarm: CollapseAlarm | None = None,
         validate: bool = False,
     ) -> None:
         super().__init__()
         _check_settings(criterion, {} if terms is None else terms, at, differentiation)
-        if not callable(loss_weight):
+        if isinstance(loss_weight, int | float):
             checked_weight(loss_weight)
         if not inner_scale > 0:
             raise ValueError(f"PenalizedLoss: inner_scale must be above 0, got {inner_scale}.")
@@ -121,10 +129,17 @@ class PenalizedLoss(nn.Module):
         self.criterion = criterion
         self._of_classes = is_classification(criterion)
         self.terms = dict(terms or {})
-        # Registered, so that objective.to(device) moves what a penalty of the user's own may hold.
-        self._penalties = nn.ModuleList(t.penalty for t in self.terms.values() if isinstance(t.penalty, nn.Module))
+        # Registered, so that objective.to(device) moves what they hold, and the state of controllers is saved with it.
+        parts: list[object] = [part for term in self.terms.values() for part in (term.penalty, term.weight)]
+        parts += [loss_weight, getattr(at, "start", None)]
+        self._parts = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         self.at = at
         self.loss_weight = loss_weight
+        self.alarm = alarm
+        if any(map(sees_two, (loss_weight, *(term.weight for term in self.terms.values())))):
+            self.register_buffer("measured", torch.full((2 + len(self.terms),), torch.nan))
+        else:
+            self.measured = None
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.fraction = fraction
         self.perturb = perturb
@@ -133,7 +148,14 @@ class PenalizedLoss(nn.Module):
         self.validate = validate
 
     def forward(
-        self, model: Model, x: Any, y: Any = None, t: float | None = None, *, classes: Tensor | None = None
+        self,
+        model: Model,
+        x: Any,
+        y: Any = None,
+        t: float | None = None,
+        *,
+        classes: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> PenalizedOutput:
         """The objective on one batch.
 
@@ -146,6 +168,7 @@ class PenalizedLoss(nn.Module):
             t: The optimiser step, for the schedules.
             classes: Classes ``(B,)`` instead of every class selector's choice, where none may be drawn
                 (``torch.func.vmap``) or two models are to be compared on the same ones.
+            index: The numbers ``(B,)`` of the samples in their data set, for what is kept or drawn by sample.
 
         Returns:
             Total, loss, logits and penalties, and where they were taken.
@@ -158,16 +181,21 @@ class PenalizedLoss(nn.Module):
                 or the model is wrapped in a way that makes double backward wrong (each message names the fix).
         """
         transformed, at = in_transform(), self.at
-        loss_weight = self.loss_weight if not callable(self.loss_weight) else scheduled(self.loss_weight, t)
-        weights = {}
+        measured, weights = None if self.measured is None else self._last_measured(transformed), {}
+        loss_weight = (
+            self.loss_weight if isinstance(self.loss_weight, _NUMBER) else scheduled(self.loss_weight, t, measured)
+        )
         for name, term in self.terms.items():
-            if (weight := term.weight_at(t)) > 0:
+            weight = term.weight if isinstance(term.weight, _NUMBER) else scheduled(term.weight, t, measured)
+            if isinstance(weight, Tensor) or weight:  # one that is a tensor is not looked at
                 weights[name] = weight
-        batch = self._batch_of(model, x, y, classes, weights, transformed)
+        batch = self._batch_of(model, x, y, classes, index, weights, transformed)
         point = Point.of(batch, batch.inputs.x, differentiable=bool(at or weights), counts=at is None)
-        where = point if at is None else at.move(point, differentiable=bool(weights))
-        if point is not where and point.known:  # what an attack has computed at the clean input is not needed any more
-            point.release()
+        where = point if at is None else at.move(point, differentiable=bool(weights) or self.alarm is not None)
+        if point is not where:
+            where.first_step = point.known.pop("first step", None)
+            # What an attack has computed at the clean input is not needed any more.
+            where.origin = point.released() if point.known else point
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
         loss, penalties = where.losses.mean(), {}
 
@@ -183,15 +211,87 @@ class PenalizedLoss(nn.Module):
         total = batch.differentiation.completed(total_of_terms, batch.requests)
         if batch.met is not None and not batch.met.graph_seen and weights:
             model_checks.check_graph(batch.met, part.logits, self.differentiation.second_order)
+        if self.training and (self.measured is not None or self.alarm is not None):
+            self._measure(where, loss, penalties)
         return PenalizedOutput(total, loss, where.logits, penalties, where.x, point.known.get("logits"))
+
+    def cost(self, t: float | None = None, *, shape: Sequence[int] = (3, 16, 16), classes: int = 10) -> Cost:
+        """What a step runs, counted before there is a model: forward and backward passes, and their sum.
+
+        The objective takes one step on random images and a small network without dropout or BatchNorm. Random numbers,
+        controllers and remembered starts are left as they are.
+
+        Args:
+            t: The optimiser step, for the schedules.
+            shape: Of an image, where penalties, radii or bounds need a certain one.
+            classes: Of the network, for penalties that depend on their number.
+
+        Raises:
+            RuntimeError: If a penalty cannot be taken on images of this shape and labels 0.
+
+        Example:
+            >>> from gradreg import NFGSM, Linf
+            >>> cost = PenalizedLoss(at=NFGSM(Linf(8 / 255), share=0.5)).cost()
+            >>> cost
+            Cost(forward=1.5, input_backward=1.5, weight_backward=1.0, double_backward=0.0)
+            >>> round(cost.natural_steps, 2)
+            1.33
+        """
+        start, cpu = getattr(self.at, "start", None), torch.device("cpu")
+        shape = start.kept.shape[1:] if isinstance(start, RememberedStart) else tuple(shape)
+        tried = copy.copy(self)
+        tried._modules = {name: module for name, module in self._modules.items() if name != "criterion"}
+        tried.criterion, tried._of_classes, tried.perturb, tried.output = cross_entropy, True, None, None
+        with modes.evaluating(tried), modes.replayed(modes.random_state(cpu), cpu), torch.enable_grad():
+            # Between -1/2 and 1/2, where neither radii nor bounds in any unit look wrong.
+            x, y = torch.rand(_TRIED, *shape) - 0.5, torch.zeros(_TRIED, dtype=torch.int64)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 8), nn.GELU(), nn.Linear(8, classes))
+            try:
+                return count(model, lambda probe: tried(probe, x, y, t, index=y).total.backward(), _TRIED)
+            except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+                raise RuntimeError(
+                    f"PenalizedLoss.cost: a step on images of shape {tuple(shape)} with {classes} classes raised "
+                    f"{type(error).__name__}: {error}. Say another shape=."
+                ) from error
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         settings = ("terms", "at", "loss_weight", "differentiation", "fraction")
         return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
 
+    def _last_measured(self, transformed: bool) -> dict[str, Tensor]:
+        """What the last step has measured, for the weights that see it."""
+        assert self.measured is not None
+        if transformed and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "PenalizedLoss: a weight that sees what was measured has a state, which a torch.func transform cannot "
+                "change. Take the step eagerly, or give the weight as a schedule of t."
+            )
+        return dict(zip(("loss", "start", *self.terms), self.measured.clone(), strict=True))
+
+    @torch.no_grad()
+    def _measure(self, where: Point, loss: Tensor, penalties: Mapping[str, Tensor]) -> None:
+        """Remember for the next step what this one has found."""
+        if self.alarm is not None:
+            self.alarm.observe(where, alone=not penalties)
+        if self.measured is None:
+            return
+        if self.measured.device != loss.device:
+            self.measured = self.measured.to(loss.device)
+        start = None if where.first_step is None else where.first_step.losses
+        for place, values in enumerate((loss, start, *map(penalties.get, self.terms))):
+            if values is not None:
+                self.measured[place] = values.mean()
+
     def _batch_of(
-        self, model: Model, x: Any, y: Any, classes: Tensor | None, weights: Mapping[str, float], transformed: bool
+        self,
+        model: Model,
+        x: Any,
+        y: Any,
+        classes: Tensor | None,
+        index: Tensor | None,
+        weights: Mapping[str, float | Tensor],
+        transformed: bool,
     ) -> Batch:
         """The batch, checked."""
         inputs, look, met = Inputs(x, self.perturb), False, None
@@ -222,7 +322,8 @@ class PenalizedLoss(nn.Module):
         known: list[tuple[ClassSelector | None, Tensor]] = [] if classes is None else [(None, classes)]
         return Batch(
             model, self.criterion, inputs, y, how, self.output, self._of_classes, self.inner_scale,
-            look=look, checked=True, met=met, replay=replay, requests=Requests(replay, unit), classes=known,
+            index=index, look=look, checked=True, met=met, replay=replay, requests=Requests(replay, unit),
+            classes=known,
         )  # fmt: skip
 
     def _split(self, whole: Point) -> tuple[Point, Point]:
@@ -231,6 +332,11 @@ class PenalizedLoss(nn.Module):
         if count == len(whole.x):
             return whole, whole
         model_checks.check_samples_are_apart(whole.batch.model)
+        if coupled := [name for name, term in self.terms.items() if getattr(term.penalty, "of_batch", False)]:
+            raise ValueError(
+                f"PenalizedLoss: term {coupled[0]!r} is of the whole batch, and of a part of it another function. "
+                "Leave fraction=1, or take a penalty of each sample."
+            )
         self._check_radii(whole.x)
         rows = torch.randperm(len(whole.x), device=whole.x.device).tensor_split([count])
         parts = [whole.rows(rows[0], counts=True), whole.rows(rows[1], differentiable=False)]
@@ -271,10 +377,16 @@ class PenalizedModel(nn.Module):
         self.objective = objective
 
     def forward(
-        self, x: Any, y: Any = None, t: float | None = None, *, classes: Tensor | None = None
+        self,
+        x: Any,
+        y: Any = None,
+        t: float | None = None,
+        *,
+        classes: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> PenalizedOutput:
         """The objective of the model on one batch; see :meth:`PenalizedLoss.forward`."""
-        return self.objective(self.model, x, y, t, classes=classes)
+        return self.objective(self.model, x, y, t, classes=classes, index=index)
 
 
 def _check_settings(

@@ -1,24 +1,29 @@
 """A batch at one input under one model: what losses, penalties, attacks and measurements ask of it, computed once."""
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradreg import checks
 from gradreg.criteria import Criterion, is_classification
 from gradreg.differentiation import NOTHING, Differentiation, DoubleBackward, Requests
 from gradreg.gradients import check_scores, in_transform, input_gradient
-from gradreg.replay import EagerReplay, Replay, TransformedReplay, without_random_numbers
+from gradreg.modes import batch_norms
+from gradreg.replay import EagerReplay, Replay, TransformedReplay, alike, without_random_numbers
 from gradreg.selectors import ClassSelector, class_scores
 from gradreg.threat_models import at_least_float32
 from gradreg.trees import Inputs, detached, joined, taken, usable
 
 Model = Callable[..., Any]
 ScoreOf = ClassSelector | Callable[[Any], Tensor] | None  # None for the loss
+
+# Whether the samples of a batch do not see each other, of the models that were asked.
+_apart: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 @final
@@ -41,6 +46,7 @@ class Batch:
     replay: Replay | None = None  # makes every pass one function; without it they draw numbers of their own
     requests: Requests = field(default_factory=Requests)
     classes: list[tuple[ClassSelector | None, Tensor]] = field(default_factory=list)  # chosen; or given, under None
+    draws: dict[Hashable, Tensor] = field(default_factory=dict)  # random numbers of penalties
 
     def read(self, output: Any) -> Any:
         """What the criterion takes of a model's output: its ``.logits`` or ``["logits"]`` if it has any, or all."""
@@ -86,6 +92,8 @@ class Point:
     counts: bool
     known: dict[Hashable, Any]
     leaf: Tensor  # the tensor whose gradient is taken, once the pass has run
+    origin: "Point | None" = None  # where an attack has moved the batch from
+    first_step: "FirstStep | None" = None  # what that attack found where it started
     _slopes: list[tuple[ScoreOf, bool, Tensor]]
 
     def __init__(
@@ -135,11 +143,28 @@ class Point:
         return point
 
     @property
+    def y(self) -> Any:
+        """The labels, as the criterion takes them."""
+        return self.batch.y
+
+    @property
+    def clean(self) -> "Point":
+        """The point from which the objective's attack has moved the batch; without an attack the point itself."""
+        return self if self.origin is None else self.origin
+
+    @property
     def logits(self) -> Any:
         """The model's output, with its graph."""
         if "logits" not in self.known:
             self.known["logits"] = self._run()
         return self.known["logits"]
+
+    def constant_logits(self) -> Any:
+        """The model's output without a graph, from a pass without one unless there has been one with it."""
+        if "logits" in self.known and "constant logits" not in self.known:
+            return detached(self.known["logits"])
+        with torch.no_grad():
+            return self.once("constant logits", lambda: detached(self._call(self.x.clone())[0]))
 
     @property
     def losses(self) -> Tensor:
@@ -168,19 +193,54 @@ class Point:
         with replay.drawing(("score", of)):  # a function may draw random numbers: a projection
             return without_random_numbers(score_of, self.logits)
 
-    def gradient(self, of: ScoreOf = None) -> Tensor:
+    def gradient(self, of: ScoreOf = None, *, constant: bool = False) -> Tensor:
         r"""Every sample's gradient of its score with respect to its input, of the shape of x, in float32 at least.
 
         Its own derivative with respect to the weights is what the differentiation stands for.
 
         Args:
             of: None for the loss; a class selector for the logit of a class; or a function of the logits.
+            constant: Whether the gradient is held constant, as a direction is: that costs no second derivative.
         """
+        if constant:
+            return self.slope(of, create_graph=False).detach()
         return self.batch.differentiation.gradient(self, of)
 
     def at(self, z: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
         """The same samples at another input, a constant: another value of the same function; see :meth:`of`."""
         return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=counts)
+
+    def losses_at(self, *inputs: Tensor) -> list[Tensor]:
+        """The losses at several inputs, in one pass where the model treats samples apart and draws no random numbers.
+
+        Whether a model does is looked at once, by a pass without a graph.
+        """
+        if self._samples_are_apart(inputs):
+            rows = torch.arange(len(self.x), device=self.x.device).repeat(len(inputs))
+            together = self.rows(rows).at(torch.cat(inputs), differentiable=False)
+            return list(together.losses.chunk(len(inputs)))
+        return [self.at(z, differentiable=False).losses for z in inputs]
+
+    def _samples_are_apart(self, inputs: Sequence[Tensor]) -> bool:
+        model, replay = self.batch.model, self.batch.replay
+        if replay is None or "logits" not in self.known or not isinstance(model, nn.Module) or batch_norms(model):
+            return False
+        if {"model", "criterion"} & replay.drawn_from.keys():  # then two copies of a sample would draw other numbers
+            return False
+        if model not in _apart and not in_transform():
+            rows = torch.arange(len(self.x), device=self.x.device).repeat(2)
+            with torch.no_grad():
+                twice = self.rows(rows).at(torch.cat([inputs[0], inputs[-1]]), differentiable=False).losses
+                once = torch.cat([self.at(z, differentiable=False).losses for z in (inputs[0], inputs[-1])])
+            _apart[model] = alike(once, twice)
+        return _apart.get(model, False)
+
+    def drawn(self, key: Hashable, draw: Callable[[], Tensor]) -> Tensor:
+        """Random numbers of a penalty, drawn once for the batch, so that all its points and passes have the same."""
+        draws = self.batch.draws
+        if key not in draws:
+            draws[key] = draw()
+        return draws[key]
 
     def rows(self, rows: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
         """Some of the samples, as a batch whose passes draw random numbers of their own; see :meth:`of`."""
@@ -194,8 +254,11 @@ class Point:
             index=None if whole.index is None else whole.index[rows.to(whole.index.device)],
             replay=None if whole.replay is None else whole.replay.of_part(),
             classes=[(selector, chosen[rows]) for selector, chosen in whole.classes] if whole.classes else [],
+            draws={},
         )
-        return Point.of(part, self.x[rows], differentiable=differentiable, counts=counts)
+        point = Point.of(part, self.x[rows], differentiable=differentiable, counts=counts)
+        point.origin = None if self.origin is None else self.origin.rows(rows, differentiable=False)
+        return point
 
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
         """The logits of some samples at other inputs, as a function that an attack differentiates."""
@@ -237,10 +300,14 @@ class Point:
         self._slopes.append((of, create_graph, grad))
         return grad
 
-    def release(self) -> None:
-        """Free all graphs; what stays known is the logits, as a constant."""
+    def released(self) -> "Point":
+        """The same point to start afresh, after the graphs of this one are freed: its logits stay, as a constant."""
         self.known = {"logits": detached(self.known["logits"])} if "logits" in self.known else {}
         self._slopes, self.leaf = [], self.x
+        again = self.at(self.x)
+        if "logits" in self.known:
+            again.known["constant logits"] = self.known["logits"]
+        return again
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""
@@ -285,6 +352,37 @@ class Point:
                 return lambda logits: class_scores(logits, classes)
         self.batch.classes.append((of, of(checks.check_logits(self.logits).detach(), self.batch.y)))
         return self._score_of(of)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FirstStep:
+    """Where an attack has started, and the gradient that it found there: constants.
+
+    Attributes:
+        start: The samples that it moves, where it started.
+        gradient: Of what it raises, with respect to their input.
+        rows: Which samples these are, where it moves only some; None for all.
+    """
+
+    start: Point
+    gradient: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The inputs that it started from."""
+        return self.start.x
+
+    @property
+    def logits(self) -> Any:
+        """The model's output there."""
+        return self.start.constant_logits()
+
+    @property
+    def losses(self) -> Tensor:
+        """The losses there."""
+        return self.start.losses.detach()
 
 
 @final

@@ -143,7 +143,7 @@ class EagerReplay(Replay):
         with torch.no_grad(), self.drawing("model"), self._on_copies():
             again = inputs.given_to(model, z.detach())
         same = before == [(parameter._version, parameter.data_ptr()) for parameter in frozen]
-        if not (same and all(map(_alike, tensors_in(output), tensors_in(again)))):
+        if not (same and all(map(alike, tensors_in(output), tensors_in(again)))):
             raise RuntimeError(
                 "A second forward pass at the same input, with the same random numbers, buffers and attributes, gives "
                 "another output: the model keeps or draws something that cannot be put back, such as an averaged "
@@ -225,7 +225,7 @@ def _hides_something(model: nn.Module, keepers: list[nn.Module]) -> bool:
     return False
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def alike(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs are equal up to rounding."""
     if not one.is_floating_point() or one.shape != other.shape or not bool(one.isfinite().all()):
         return True

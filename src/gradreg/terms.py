@@ -4,12 +4,15 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 from torch import Tensor
 
+from gradreg.controllers import Controller, Measured
 from gradreg.point import Point
 from gradreg.schedules import Schedule
+
+Weight = float | Schedule | Controller | Callable[[float | None, Measured], float | Tensor]
 
 
 @final
@@ -20,8 +23,9 @@ class Term:
     Attributes:
         penalty: A :class:`gradreg.Penalty`, or any function of a :class:`gradreg.Point` that returns one number per
             sample. :class:`gradreg.GradientPenalty` makes one of a function of ``(grad, x)``.
-        weight: Factor of the penalty's batch mean in the total, at least 0: a number, or a schedule of the step ``t``.
-            At steps where it is 0 the term costs nothing.
+        weight: Factor of the penalty's batch mean in the total: a number of at least 0, or a schedule of the step
+            ``t``. At steps where it is 0 the term costs nothing. A :class:`Controller`, or a function of ``(t,
+            measured)``, sees what was measured at the last step; it may return a tensor, and a number below 0.
 
     Example:
         >>> from gradreg import EdgeAlignmentPenalty, linear_ramp
@@ -30,7 +34,7 @@ class Term:
     """
 
     penalty: Callable[[Point], Tensor]
-    weight: float | Schedule = 1.0
+    weight: Weight = 1.0
 
     def __post_init__(self) -> None:
         if not callable(self.penalty):
@@ -38,23 +42,24 @@ class Term:
                 f"Term: a penalty is a function of a point, such as GradNormPenalty(Linf(4 / 255)); got "
                 f"{self.penalty!r}."
             )
-        if _needs_two_arguments(self.penalty):
+        if sees_two(self.penalty):
             raise TypeError(
                 "Term: a penalty is a function of a point. Wrap a function of (grad, x): GradientPenalty(function)."
             )
-        if not callable(self.weight):
+        if isinstance(self.weight, int | float):
             checked_weight(self.weight)
 
-    def weight_at(self, t: float | None) -> float:
+    def weight_at(self, t: float | None, measured: Measured | None = None) -> float | Tensor:
         """The weight at step t."""
-        return scheduled(self.weight, t) if callable(self.weight) else self.weight
+        return scheduled(self.weight, t, measured)
 
 
-def _needs_two_arguments(function: Callable[..., object]) -> bool:
-    """Whether a function can be told to take more than a point."""
+def sees_two(function: object) -> bool:
+    """Whether a function cannot be called with one argument: a weight that does not is one of ``(t, measured)``."""
+    if not callable(function) or isinstance(function, Controller):
+        return callable(function)
     try:
-        signature = inspect.signature(function)
-        signature.bind(None)
+        inspect.signature(function).bind(None)
     except TypeError:
         return True
     except ValueError:  # one that has no signature
@@ -62,11 +67,15 @@ def _needs_two_arguments(function: Callable[..., object]) -> bool:
     return False
 
 
-def scheduled(schedule: Schedule, t: float | None) -> float:
-    """The value of a schedule at step t."""
+def scheduled(weight: Weight, t: float | None, measured: Measured | None = None) -> float | Tensor:
+    """The value of a weight at step t."""
+    if isinstance(weight, int | float):
+        return weight
+    if sees_two(weight):
+        return cast("Controller", weight)(t, {} if measured is None else measured)
     if t is None:
         raise ValueError("A weight is a schedule of the optimiser step; call objective(model, x, y, t=step).")
-    return checked_weight(schedule(t))
+    return checked_weight(cast("Schedule", weight)(t))
 
 
 def checked_weight(weight: float) -> float:

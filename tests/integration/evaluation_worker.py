@@ -25,8 +25,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from gradreg import GradNormPenalty, Linf, PGDAttack, RandomSearch, RobustnessReport, accuracy_curve, evaluate
-from gradreg.statistics import HessianNorm, gradient_histograms, measure
+from gradreg import (
+    GradNormPenalty,
+    HessianNorm,
+    Linf,
+    PGDAttack,
+    RandomSearch,
+    RobustnessReport,
+    accuracy_curve,
+    evaluate,
+)
+from gradreg.statistics import gradient_histograms, measure
 
 from processes import leave
 

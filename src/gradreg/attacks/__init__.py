@@ -10,8 +10,9 @@ from gradreg.attacks.attack import Attack
 from gradreg.attacks.autoattack import AutoAttack
 from gradreg.attacks.black_box import RandomSearch, TransferAttack
 from gradreg.attacks.iterated import APGDAttack, IteratedAttack, PGDAttack, TargetedAPGDAttack
-from gradreg.attacks.search import pgd
+from gradreg.attacks.search import Search, grad_enabled, pgd
 from gradreg.attacks.single_step import FGSM, NFGSM, Noise
+from gradreg.attacks.starts import RememberedStart
 
 __all__ = [
     "FGSM",
@@ -23,8 +24,11 @@ __all__ = [
     "Noise",
     "PGDAttack",
     "RandomSearch",
+    "RememberedStart",
+    "Search",
     "TargetedAPGDAttack",
     "TransferAttack",
     "apgd",
+    "grad_enabled",
     "pgd",
 ]

@@ -16,7 +16,7 @@ from gradreg.differentiation import InputOnly
 from gradreg.gradients import in_transform, outside_inference_mode
 from gradreg.point import Batch, Model, Point
 from gradreg.threat_models import Bounds, Eps, ThreatModel
-from gradreg.trees import Inputs, taken
+from gradreg.trees import Inputs, detached, taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,7 @@ class Attack(ABC):
     def move(self, point: Point, *, differentiable: bool = True) -> Point:
         """The point to which the attack moves a batch, and where a training step is then taken.
 
+        What it has found where it started is left in ``point.known["first step"]``, a :class:`gradreg.point.FirstStep`.
         Unless it has a criterion of its own, the attack raises the loss of the point. Its passes draw the same random
         numbers as the step's own pass.
 
@@ -186,6 +187,7 @@ class LossAttack(Attack):
             nonlocal look
             with around(z):
                 logits = point.logits_at(z, rows)
+            point.known.setdefault("first logits", detached(logits))
             labels = point.batch.y if len(rows) == count else taken(point.batch.y, rows, count)
             if known:
                 checks.check_labels(logits, labels, look=look)

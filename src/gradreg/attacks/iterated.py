@@ -11,9 +11,10 @@ from gradreg import checks
 from gradreg.attacks.adaptive import Ascent, Halving, climb
 from gradreg.attacks.attack import Attack, LossAttack
 from gradreg.attacks.search import LossesAt, Search, check_index, check_search
+from gradreg.attacks.starts import RememberedStart, Start, start_of
 from gradreg.criteria import targeted_dlr
 from gradreg.noise import noise_for
-from gradreg.point import Model, Point
+from gradreg.point import FirstStep, Model, Point
 from gradreg.threat_models import Eps, rows_of, times
 
 
@@ -57,7 +58,8 @@ class IteratedAttack(LossAttack):
     def for_evaluation(self, seed: int) -> "IteratedAttack":
         """The same search, in which fooled samples leave and the last point is scored by the evaluation alone."""
         own = self.seed if self.seed is not None else seed
-        return replace(self, early_stop=True, best=self.restarts > 1, seed=own)
+        changes: dict[str, Any] = {} if getattr(self, "start", None) is None else {"start": None}
+        return replace(self, early_stop=True, best=self.restarts > 1, seed=own, **changes)
 
     def scaled(self, factor: Eps) -> "IteratedAttack":
         return replace(self, threat=self.threat.scaled(factor))
@@ -81,10 +83,21 @@ class IteratedAttack(LossAttack):
         )  # fmt: skip
         look = self._check(point)
         search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look)
+        kept = getattr(self, "start", None)
+        if start is None and kept is not None:
+            noise = noise_for(x, self.threat, self.seed, index) if self.random_start else torch.zeros_like(x)
+            start = start_of(kept, point) + noise
         for delta in search.starts(
             self.restarts, start=start, random_start=self.random_start, seed=self.seed, index=index
         ):
             self._run(search, delta)
+        if search.first is not None:
+            z, grad = search.first
+            begin = Point.of(point.batch, z, counts=False)
+            begin.known["logits"] = point.known.pop("first logits")
+            point.known["first step"] = FirstStep(begin, grad)
+            if isinstance(kept, RememberedStart) and point.batch.checked:
+                kept.learn(point, grad, self.threat)
         return search.result()
 
     @abstractmethod
@@ -102,6 +115,8 @@ class PGDAttack(IteratedAttack):
 
     Attributes:
         step_size: Length of a step in the units of eps. Default: ``2.5 * eps / steps``.
+        start: Perturbations to which the noise of a random start is added: a tensor that broadcasts against x, or a
+            :class:`RememberedStart`. Training alone uses it.
 
     Example:
         >>> from gradreg import Linf
@@ -113,6 +128,7 @@ class PGDAttack(IteratedAttack):
     """
 
     step_size: Eps | None = field(default=None, kw_only=True)
+    start: Start | None = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:

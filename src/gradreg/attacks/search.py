@@ -117,7 +117,10 @@ class Search:
         highest: Every sample's loss there, as far as ``best`` needs it.
         done: The samples that left because ``losses_at`` said so.
         ball: The threat model of the active samples.
+        first: The inputs that the first gradient was taken at, and that gradient.
     """
+
+    first: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, losses_at: LossesAt, x: Tensor, threat: ThreatModel, bounds: Bounds | None, *, best: bool, look: bool
@@ -174,7 +177,10 @@ class Search:
 
         The gradient is taken at the clamped input: taken through the clamp it would be 0 for pixels out of bounds.
         """
-        losses, done, grad = self._differentiated(self._point(delta))
+        z = self._point(delta)
+        losses, done, grad = self._differentiated(z)
+        if self.first is None:
+            self.first = z.detach(), grad
         if self.look:
             self._check_ascent(losses.detach(), grad)
             self.look = False

@@ -10,8 +10,9 @@ from torch import Tensor
 from gradreg import modes
 from gradreg.attacks.attack import Attack, LossAttack
 from gradreg.attacks.search import check_index, grad_enabled
+from gradreg.attacks.starts import RememberedStart, Start, start_of
 from gradreg.noise import noise_for
-from gradreg.point import Parts, Point
+from gradreg.point import FirstStep, Parts, Point
 from gradreg.threat_models import clamped_, room, rows_of
 
 
@@ -76,12 +77,14 @@ class FGSM(LossAttack):
         return super().perturb(point)
 
     def _perturb(self, point: Point, index: Tensor | None) -> Tensor:
-        x = point.x
+        x, whole = point.x, point
         if self.mode == "eval":
             point = point.at(x)
         self._check(point)
         box = None if self.bounds is None else room(x, self.bounds)
-        return clamped_(x + self.threat.ascent(self._slope(point), torch.zeros_like(x), box), self.bounds)
+        grad = self._slope(point)
+        whole.known["first step"] = FirstStep(point, grad)
+        return clamped_(x + self.threat.ascent(grad, torch.zeros_like(x), box), self.bounds)
 
 
 @final
@@ -101,6 +104,8 @@ class NFGSM(LossAttack):
 
     Attributes:
         noise: Size of the uniform noise in units of the ball; the paper has 2, without ``bounds``.
+        start: Perturbations to which the noise is added: a tensor that broadcasts against x, or a
+            :class:`RememberedStart`. Training alone uses it.
         share: The share of the samples that take the step, in (0, 1].
         seed: Makes the noise reproducible, see :func:`pgd`.
 
@@ -115,6 +120,7 @@ class NFGSM(LossAttack):
 
     noise: float = field(default=1.0, kw_only=True)
     share: float = field(default=1.0, kw_only=True)
+    start: Start | None = field(default=None, kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -132,7 +138,7 @@ class NFGSM(LossAttack):
         return f"N-FGSM {self._loss_name()}".strip()
 
     def for_evaluation(self, seed: int) -> "NFGSM":
-        return replace(self, share=1.0, seed=self.seed if self.seed is not None else seed)
+        return replace(self, share=1.0, start=None, seed=self.seed if self.seed is not None else seed)
 
     def move(self, point: Point, *, differentiable: bool = True) -> Point:
         model, replay = point.batch.model, point.batch.replay
@@ -154,12 +160,13 @@ class NFGSM(LossAttack):
 
     def _stepped(self, point: Point, index: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...], Point]:
         """The perturbed batch; which of its samples have moved, and which not; and those that have, as a batch."""
-        x, threat, bounds = point.x, self.threat, self.bounds
+        x, threat, bounds, whole = point.x, self.threat, self.bounds, point
         rows: tuple[Tensor, ...] = ()
         if not point.batch.checked or x.dtype not in (torch.float32, torch.float64):
             self._check(point)
         ball = threat if self.noise == 1 else threat.scaled(self.noise)
-        z = noisy = clamped_(x + noise_for(x, ball, self.seed, index), bounds)
+        noise = noise_for(x, ball, self.seed, index)
+        z = noisy = clamped_(x + (noise if self.start is None else start_of(self.start, point) + noise), bounds)
         count = max(1, round(self.share * len(x)))
         if count < len(x):
             rows = torch.randperm(len(x), device=x.device).tensor_split([count])
@@ -167,5 +174,10 @@ class NFGSM(LossAttack):
             point = point.rows(rows[0])
             if bounds is not None and (isinstance(bounds[0], Tensor) or isinstance(bounds[1], Tensor)):
                 bounds = rows_of(bounds[0], rows[0], z), rows_of(bounds[1], rows[0], z)
-        moved = clamped_(noisy + threat.ascent(self._slope(point.at(noisy)), noisy - x), bounds)
+        there = point.at(noisy)
+        grad = self._slope(there)
+        whole.known["first step"] = FirstStep(there, grad, rows[0] if rows else None)
+        if isinstance(self.start, RememberedStart) and point.batch.checked:
+            self.start.learn(there, grad, self.threat)
+        moved = clamped_(noisy + threat.ascent(grad, noisy - x), bounds)
         return z.index_copy(0, rows[0], moved) if rows else moved, rows, point

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from gradreg.modes import random_state, replayed
 from gradreg.objective import PenalizedLoss, PenalizedOutput
 from gradreg.point import Batch
 from gradreg.replay import EagerReplay, ModuleState
+from gradreg.terms import sees_two
 from gradreg.trees import Inputs, detached
 
 Kind = TypeVar("Kind")
@@ -108,11 +109,12 @@ class Step:
 def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float | None) -> Step:
     """The step with all its terms: a weight that a schedule has at 0 is that of another time, or else 1."""
     tried = copy.copy(objective)
+    tried.measured = None  # a weight that sees it is a number here
     tried.terms = {
-        name: replace(term, weight=_above_0(term.weight_at, t)) if callable(term.weight) else term
+        name: replace(term, weight=_above_0(term.weight, t)) if callable(term.weight) else term
         for name, term in objective.terms.items()
     }
-    if t is None and callable(objective.loss_weight):
+    if callable(objective.loss_weight) and (t is None or sees_two(objective.loss_weight)):
         tried.loss_weight = _above_0(objective.loss_weight, t)
     device = Inputs(x, objective.perturb).x.device
     device = torch.device("cpu") if device.type == "meta" else device
@@ -122,14 +124,15 @@ def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float
     return Step(tried, model, x, y, t, start)
 
 
-def _above_0(weight_at: Callable[[Any], float], t: float | None) -> float:
-    value = 0.0 if t is None else weight_at(t)
-    for time in _TIMES:
-        if value > 0:
-            return value
+def _above_0(weight: Any, t: float | None) -> float:
+    """A weight that a schedule has at some time; one that has to be measured counts as 1."""
+    if sees_two(weight):
+        return 1.0
+    for time in (t, *_TIMES):
         with suppress(Exception):
-            value = weight_at(time)
-    return value or 1.0
+            if (value := weight(time)) > 0:
+                return value
+    return 1.0
 
 
 @contextmanager

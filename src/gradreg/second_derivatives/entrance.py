@@ -1,9 +1,10 @@
 """What lies between the input and a model's first layers, and who looks at gradients there.
 
 A backward pass into all leaves comes to the objective's own leaf, too. The objective has taken the gradient of that
-leaf by name and reads no other. So a first layer, which has the largest images, need not compute the gradient of its
-input: it is the most expensive of all. Unless somebody looks at that gradient on its way to the leaf: a hook on the
-normalised images, say. PyTorch tells nobody which hooks a graph has, so they are looked for in three places.
+leaf by name and reads no other, unless its alarm has set a hook there. So a first layer, which has the largest images,
+need not compute the gradient of its input: it is the most expensive of all. Unless somebody looks at that gradient on
+its way to the leaf: a hook on the normalised images, say. PyTorch tells nobody which hooks a graph has, so they are
+looked for in three places.
 
 * Hooks on tensors are seen when they are set, by the function mode, as long as the model runs. The tensor may be gone
   when its gradient comes.
@@ -72,6 +73,8 @@ class Entrance:
 
     def has_hooks(self) -> bool:
         """Whether there is a hook on a tensor here."""
+        if not self.hooked:
+            self.hooked = bool(self.leaf._backward_hooks)  # the alarm for collapse has one
         if not self.hooked:
             tensors = (tensor for seen in self.seen.values() if (tensor := seen()) is not None)
             hooked = (tensor for tensor in tensors if tensor._backward_hooks or tensor.retains_grad)

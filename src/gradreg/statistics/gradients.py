@@ -1,33 +1,14 @@
 """The loss, and how steady the signs of its gradient are."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from gradreg.noise import noise_for
-from gradreg.penalties import Penalty
+from gradreg.penalties import Penalty, RandomPenalty
 from gradreg.point import Point
 from gradreg.threat_models import ThreatModel
-
-
-@dataclass(frozen=True)
-class RandomPenalty(Penalty):
-    """A penalty that draws random numbers.
-
-    Attributes:
-        seed: They depend on it and on the sample alone. None draws from PyTorch's generators, anew at every call.
-    """
-
-    seed: int | None = field(default=None, kw_only=True)
-
-    def seeded(self, seed: int) -> "RandomPenalty":
-        return replace(self, seed=seed) if self.seed is None else self
-
-    def _noise(self, point: Point, ball: ThreatModel, draw: int = 0) -> Tensor:
-        """Noise uniform in the ball for every sample; another one for each number of a draw."""
-        return noise_for(point.x, ball, self.seed, point.batch.index, draw)
 
 
 @final

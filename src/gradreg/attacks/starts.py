@@ -1,0 +1,163 @@
+"""Starts that remember: perturbations from which an attack sets out, kept from one step of the training to the next."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, distributed, nn
+
+from gradreg.point import Point
+from gradreg.threat_models import ThreatModel
+
+View = Callable[[Tensor, Tensor], Tensor]  # of perturbations and the numbers of their samples
+
+
+@final
+class RememberedStart(nn.Module):
+    r"""A perturbation for all samples, for each class or for each sample, from which an attack starts.
+
+    With every step that an attack takes from it inside an objective in training mode, the perturbation :math:`s_k` of
+    the samples k moves by gradient ascent of their loss,
+
+    .. math:: m_k \leftarrow \mu\, m_k + \operatorname{mean}_{b \in k} \frac{g_b}{\|g_b\|_1},\qquad
+              s_k \leftarrow \Pi\bigl(s_k + \alpha \operatorname{argmax}_{v} \langle v, m_k \rangle\bigr)
+
+    with v within, and :math:`\Pi` onto, the attack's threat model. For each sample that is the prior of FGSM-EP, and
+    with momentum of FGSM-MEP (Jia et al., "Prior-Guided Fast Adversarial Training", ECCV 2022) and of ATTA (Zheng et
+    al., CVPR 2020); for all samples a universal perturbation as in FGSM-UAP, for each class one as in LIET. None of
+    their releases moves the perturbation of a sample with its random crop or flip; ``views`` does.
+
+    Samples are told apart by their numbers in the data set: ``objective(model, x, y, t, index=numbers)``. What is kept
+    is in the ``state_dict`` of the objective. It is no buffer: it stays on the device where it was made, and
+    DistributedDataParallel does not exchange it. With several processes the gradients of a class, or of all, are
+    averaged over them; what is kept of each sample is of those that a process has seen, which a sampler that shuffles
+    deals out anew: give each process its own part of the data.
+
+    Args:
+        shape: Of one sample, ``(C, H, W)``.
+        per: ``"all"``, ``"class"`` or ``"sample"``.
+        count: How many classes or samples there are.
+        momentum: :math:`\mu`, in [0, 1).
+        step: :math:`\alpha`, in units of the threat model.
+        device: Where it is kept. 50,000 images of 32x32 pixels in colour are 0.6 GB.
+        views: Two functions of perturbations and the numbers of their samples: how the loader has cropped or flipped
+            them, and back. The perturbation is kept as the image lies in the data set.
+
+    Raises:
+        ValueError: If an argument is out of its range; when called, if there are no numbers of samples, or no classes.
+
+    Example:
+        >>> from gradreg import Linf, NFGSM, PenalizedLoss
+        >>> start = RememberedStart((4,), per="class", count=3)
+        >>> objective = PenalizedLoss(at=NFGSM(Linf(0.1), noise=0.5, start=start))
+        >>> _ = objective(torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 0, 0, 1, 1]))
+        >>> start.kept.abs().amax(1)
+        tensor([0.1000, 0.1000, 0.0000])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        per: Literal["all", "class", "sample"] = "all",
+        count: int = 1,
+        momentum: float = 0.0,
+        step: float = 1.0,
+        device: torch.device | str | None = None,
+        views: tuple[View, View] | None = None,
+    ) -> None:
+        super().__init__()
+        if per not in ("all", "class", "sample") or count < 1 or (per == "all" and count != 1):
+            raise ValueError(
+                f'RememberedStart: per is "all", "class" or "sample", and count how many of these there are; got '
+                f"{per!r} and {count}."
+            )
+        if not (0 <= momentum < 1 and step > 0):
+            raise ValueError(f"RememberedStart: momentum is in [0, 1) and step above 0, got {momentum} and {step}.")
+        self.per, self.count, self.momentum, self.step, self.views = per, count, momentum, step, views
+        self.kept = torch.zeros(count, *shape, device=device)
+        self.slope = torch.zeros_like(self.kept) if momentum else None
+
+    def forward(self, point: Point) -> Tensor:
+        """The perturbations of a batch, of the shape of x."""
+        keys = self._keys(point)
+        found = self.kept[keys.to(self.kept.device)].to(point.x)
+        if found.shape != point.x.shape:
+            raise ValueError(
+                f"RememberedStart: made for samples of shape {tuple(self.kept.shape[1:])}, got "
+                f"{tuple(point.x.shape[1:])}."
+            )
+        return found if self.views is None else self.views[0](found, keys)
+
+    def learn(self, point: Point, gradient: Tensor, threat: ThreatModel) -> None:
+        """Take in the gradients of a batch, in evaluation mode nothing."""
+        if not self.training:
+            return
+        keys, slope = self._keys(point), gradient.detach()
+        if self.views is not None:
+            slope = self.views[1](slope, keys)
+        slope = slope / slope.flatten(1).abs().sum(1).clamp(min=1e-30).view(-1, *[1] * (slope.ndim - 1))
+        keys, slope = keys.to(self.kept.device), slope.to(self.kept)
+        if self.per == "sample":
+            met, mean = keys, slope
+        else:
+            met, mean = self._means(keys, slope)
+        if self.slope is not None:
+            mean = self.slope[met] = self.momentum * self.slope[met] + mean
+        ball = threat.rows([0], point.x)  # one radius for all; a tensor of channels broadcasts
+        moved = ball.project(self.kept[met] + self.step * ball.maximizer(mean))
+        self.kept[met] = moved.to(self.kept)
+
+    def _means(self, keys: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes in the batch, and the mean slope of each, over all processes."""
+        total = torch.zeros_like(self.kept).index_add_(0, keys, slope)
+        times = torch.bincount(keys, minlength=self.count).to(total)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(total)
+            distributed.all_reduce(times)
+        mean = total / times.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+        return torch.arange(self.count, device=keys.device), mean
+
+    def _keys(self, point: Point) -> Tensor:
+        x, y, index = point.x, point.y, point.batch.index
+        if self.per == "all":
+            return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        if self.per == "sample":
+            if index is None:
+                raise ValueError(
+                    "RememberedStart: which samples these are is not known. Let the loader return their numbers, and "
+                    "call objective(model, x, y, t, index=numbers)."
+                )
+            return index
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"RememberedStart: a start for each class needs labels of classes, got {type(y).__name__}."
+            )
+        return y if y.ndim == 1 else y.argmax(1)
+
+    def get_extra_state(self) -> dict[str, Tensor | None]:
+        return {"kept": self.kept, "slope": self.slope}
+
+    def set_extra_state(self, state: Any) -> None:
+        if state["kept"].shape != self.kept.shape or (state["slope"] is None) != (self.slope is None):
+            raise ValueError(
+                f"RememberedStart: what was saved is of shape {tuple(state['kept'].shape)}, this one of "
+                f"{tuple(self.kept.shape)}; or one of them has momentum and the other has none."
+            )
+        self.kept.copy_(state["kept"])
+        if self.slope is not None:
+            self.slope.copy_(state["slope"])
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"{tuple(self.kept.shape[1:])}, per={self.per!r}, count={self.count}, momentum={self.momentum}"
+
+
+Start = Tensor | RememberedStart
+
+
+def start_of(start: Start, point: Point) -> Tensor:
+    """The perturbations from which an attack starts."""
+    if isinstance(start, RememberedStart):
+        return start(point)
+    return start.to(point.x)

@@ -1,0 +1,218 @@
+"""Penalties of the distance between what a model says of two versions of an image: TRADES and its relatives."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradreg.attacks import FGSM, Attack, IteratedAttack
+from gradreg.checks import check_logits
+from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
+from gradreg.penalties.penalty import Penalty
+from gradreg.point import Point
+from gradreg.selectors import class_scores, true_class
+from gradreg.threat_models import at_least_float32
+from gradreg.trees import taken
+
+Divergence = Callable[[Tensor, Tensor], Tensor]  # of the logits of reference and moved images, (B, K) each, to (B,)
+
+
+def _kl(reference: Tensor, moved: Tensor) -> Tensor:
+    # From logarithms: a probability that underflows has a difference of logarithms that does not.
+    log_p, log_q = reference.log_softmax(1), moved.log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def _jensen_shannon(reference: Tensor, moved: Tensor) -> Tensor:
+    logs = torch.stack([reference.log_softmax(1), moved.log_softmax(1)])
+    middle = torch.logsumexp(logs, 0) - logs.new_tensor(2.0).log()
+    return 0.5 * (logs.exp() * (logs - middle)).sum((0, 2))
+
+
+def _squared(reference: Tensor, moved: Tensor) -> Tensor:
+    return (reference.softmax(1) - moved.softmax(1)).square().sum(1)
+
+
+def _logits(reference: Tensor, moved: Tensor) -> Tensor:
+    return (reference - moved).square().sum(1)
+
+
+def _nuclear(reference: Tensor, moved: Tensor) -> Tensor:
+    """Every sample's share of the nuclear norm of the differences of a batch.
+
+    With the singular value decomposition D = U S V', the norm is the scalar product of D with U V', which is its
+    gradient too; so U V' can be held constant, and singular values that are equal or 0 do no harm.
+    """
+    difference = reference.softmax(1) - moved.softmax(1)
+    with torch.no_grad():
+        left, sizes, right = torch.linalg.svd(difference, full_matrices=False)
+        kept = sizes > torch.finfo(sizes.dtype).eps * max(difference.shape) * sizes.amax()
+        direction = (left * kept) @ right
+    return (direction * difference).sum(1)
+
+
+DIVERGENCES: Mapping[str, Divergence] = {
+    "kl": _kl, "js": _jensen_shannon, "squared": _squared, "logits": _logits, "nuclear": _nuclear,
+}  # fmt: skip
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LogitPairing(Penalty):
+    r"""How far what the model says of a moved image is from what it says of a reference, :math:`D(f(x_b), f(z_b))`.
+
+    =============  ===================================================  ==============================================
+    divergence     :math:`D(f, h)` with :math:`p, q` their softmax      as in
+    =============  ===================================================  ==============================================
+    ``"kl"``       :math:`\sum_k p_k \log (p_k / q_k)`                  TRADES, Zhang et al., ICML 2019, equation 5
+    ``"js"``       the mean of :math:`KL(p \| m)` and                   LIET
+                   :math:`KL(q \| m)`, :math:`m = (p + q) / 2`
+    ``"squared"``  :math:`\|p - q\|_2^2`                                GAT, Sriramanan et al., NeurIPS 2020
+    ``"logits"``   :math:`\|f - h\|_2^2`                                ALP, Kannan, Kurakin & Goodfellow, 2018;
+                                                                        FGSM-PGI, Jia et al., ECCV 2022
+    ``"nuclear"``  the share of each sample in :math:`\|P - Q\|_*`,     NuAT, Sriramanan et al., NeurIPS 2021
+                   P and Q the softmax of the batch, (B, K)
+    =============  ===================================================  ==============================================
+
+    The other image is made by an attack from here, or it is one that the objective's own attack has left behind:
+
+        >>> from gradreg import Linf, NFGSM, PenalizedLoss, PGDAttack, Term, boosted_cross_entropy, cross_entropy
+        >>> threat = Linf(8 / 255)
+        >>> attack = PGDAttack(threat, steps=10, step_size=2 / 255, best=False)
+        >>> trades = PenalizedLoss(terms={"kl": Term(LogitPairing("kl", attack), 6.0)})
+        >>> gat = PenalizedLoss(terms={"pair": Term(LogitPairing("squared", NFGSM(threat), attack_weight=10.0), 10.0)})
+        >>> alp = PenalizedLoss(terms={"pair": Term(LogitPairing("logits", "clean"), 0.5)}, at=attack)
+        >>> attack = PGDAttack(threat, steps=10, step_size=2 / 255, best=False, criterion=cross_entropy)
+        >>> pairing = LogitPairing("kl", "clean", weighted=True)
+        >>> mart = PenalizedLoss(boosted_cross_entropy, {"kl": Term(pairing, 5.0)}, at=attack)
+
+    The reference is the image that has moved less: where the penalty is taken for an attack from there, else the image
+    left behind. The values are those of each sample alone, but for ``"nuclear"``, which is of the batch: its mean is
+    the norm divided by the size of the batch, and it is refused for a part of a batch. It changes with the size of the
+    batch and so with gradient accumulation and the number of GPUs.
+
+    Beyond what makes the other image a pairing costs one natural step; with the other image held constant a third, and
+    for ``"start"`` nothing.
+
+    Attributes:
+        divergence: One of the above.
+        at: The other image: an attack, made here; ``"clean"``, the image before the objective's attack moved it; or
+            ``"start"``, where that attack has started, whose logits it has computed already: :class:`gradreg.NFGSM`,
+            :class:`gradreg.FGSM` or :class:`gradreg.PGDAttack`.
+        detach: The side that is held constant: ``"reference"``, ``"moved"`` or None. At the ``"start"`` the reference
+            is always constant.
+        weighted: Whether values are weighted by one minus the probability of the true class at the reference, as in
+            MART (Wang et al., ICLR 2020), which differentiates that, too.
+        attack_weight: What an attack raises: None for the divergence alone, from a reference that is held constant
+            (TRADES); or the factor of the divergence added to the loss: 0 for the loss alone, 10 for GAT. An attack
+            with a criterion of its own raises that.
+
+    Raises:
+        ValueError: If a setting is unknown; if an attack that starts at the image itself is to raise the divergence,
+            which has no slope there.
+        RuntimeError: When called, for ``"clean"`` or ``"start"`` in an objective whose ``at`` leaves no such image.
+
+    Example:
+        >>> point = Point(torch.nn.Identity(), cross_entropy, torch.tensor([[0.2, 0.7]]), torch.tensor([0]))
+        >>> float(LogitPairing("kl", NFGSM(Linf(0.1)), attack_weight=0.0)(point).detach()) > 0
+        True
+    """
+
+    divergence: Literal["kl", "js", "squared", "logits", "nuclear"] = "kl"
+    at: Attack | Literal["clean", "start"] = "clean"
+    detach: Literal["reference", "moved"] | None = None
+    weighted: bool = False
+    attack_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        for value, known in (
+            (self.divergence, tuple(DIVERGENCES)),
+            (self.at, ("clean", "start")),
+            (self.detach, ("reference", "moved", None)),
+        ):
+            if value not in known and not isinstance(value, Attack):
+                raise ValueError(f"LogitPairing: expected one of {known}, got {value!r}.")
+        at = self.at
+        still = isinstance(at, FGSM) or (isinstance(at, IteratedAttack) and not at.random_start)
+        if still and self.attack_weight is None and getattr(at, "criterion", None) is None:
+            raise ValueError(
+                "LogitPairing: the attack starts at the reference, where the divergence is 0 and has no slope. Let it "
+                "start at noise (NFGSM, random_start=True), or raise the loss as well: attack_weight=1.0."
+            )
+
+    @property
+    def threat(self) -> object:
+        """That of the attack; None without one."""
+        return getattr(self.at, "threat", None)
+
+    @property
+    def of_batch(self) -> bool:
+        return self.divergence == "nuclear"
+
+    @property
+    def name(self) -> str:
+        where = self.at if isinstance(self.at, str) else self.at.name
+        return f"logit pairing, {self.divergence}, {where}"
+
+    def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        if self.at == "start":
+            return self._from_start(point)
+        if self.at == "clean":
+            if point.origin is None:
+                raise _nothing_left("clean", point)
+            reference, moved = point.origin, point
+        else:
+            reference, moved = point, point.at(self._attacked(point, self.at), differentiable=False)
+        return self._between(_logits_of(reference, self.detach == "reference"),
+                             _logits_of(moved, self.detach == "moved"), point.y)  # fmt: skip
+
+    def _between(self, reference: Tensor, moved: Tensor, labels: Any) -> Tensor:
+        values = DIVERGENCES[self.divergence](reference, moved)
+        if self.weighted:
+            values = values * (1 - class_scores(reference.softmax(1), true_class()(reference, labels)))
+        return values
+
+    def _from_start(self, point: Point) -> Tensor:
+        """Against the logits where the objective's attack has started; 0 for samples that it has not moved."""
+        step = point.first_step
+        if step is None:
+            raise _nothing_left("start", point)
+        moved = _logits_of(point, self.detach == "moved")
+        reference = at_least_float32(check_logits(step.logits))
+        if step.rows is None:
+            return self._between(reference, moved, point.y)
+        values = self._between(reference, moved[step.rows], taken(point.y, step.rows, len(moved)))
+        return torch.zeros_like(moved[:, 0]).index_copy(0, step.rows, values)
+
+    def _attacked(self, point: Point, attack: Attack) -> Tensor:
+        """The image that an attack makes from here, of what it is to raise."""
+        if self.attack_weight == 0 or getattr(attack, "criterion", None) is not None:
+            return attack.perturb(point)
+        divergence, weight, loss_of = DIVERGENCES[self.divergence], self.attack_weight, point.batch.criterion
+        reference = _logits_of(point, constant=True)
+        if weight is None:
+            y: Any = reference
+            criterion = lambda logits, known: divergence(known, at_least_float32(logits))  # noqa: E731
+        else:
+            y = (point.y, reference)
+            criterion = lambda logits, y: loss_of(logits, y[0]) + weight * divergence(y[1], at_least_float32(logits))  # noqa: E731
+        batch = replace(point.batch, criterion=criterion, y=y, of_classes=False)
+        return attack.perturb(Point.of(batch, point.x, counts=False))
+
+
+def _logits_of(point: Point, constant: bool) -> Tensor:
+    logits = at_least_float32(check_logits(point.constant_logits() if constant else point.logits))
+    if logits.ndim != 2:
+        raise ValueError(f"LogitPairing needs logits of shape (B, K), got shape {tuple(logits.shape)}.")
+    return logits
+
+
+def _nothing_left(which: str, point: Point) -> RuntimeError:
+    why = "no attack has moved it" if point.origin is None else "its attack keeps none, or it is a part of a batch"
+    return RuntimeError(
+        f'LogitPairing: at="{which}" needs an image that the objective\'s attack has left behind, and there is '
+        f"none: {why}. Use PenalizedLoss(at=NFGSM(...)), or LogitPairing(at=attack), which makes the other image."
+    )
