@@ -248,7 +248,7 @@ class PenalizedLoss(nn.Module):
             model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 8), nn.GELU(), nn.Linear(8, classes))
             try:
                 return count(model, lambda probe: tried(probe, x, y, t, index=y).total.backward(), _TRIED)
-            except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+            except Exception as error:
                 raise RuntimeError(
                     f"PenalizedLoss.cost: a step on images of shape {tuple(shape)} with {classes} classes raised "
                     f"{type(error).__name__}: {error}. Say another shape=."

@@ -95,7 +95,11 @@ class Attack(ABC):
     def perturb(self, point: Point) -> Tensor:
         """The perturbed inputs of a point, detached."""
         with self._ready(point.batch.model, warns=False):
-            return self._perturb(point, None)
+            return self._perturb(point, self._index(point))
+
+    def _index(self, point: Point) -> Tensor | None:
+        """The numbers that noise from a seed is drawn by; without a seed it is drawn for the batch."""
+        return None if getattr(self, "seed", None) is None else point.batch.index
 
     def check(self, x: Tensor) -> None:
         """Raise unless x is a batch that can be attacked: finite, within the bounds, eps in its units.

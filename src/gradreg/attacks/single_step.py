@@ -145,7 +145,7 @@ class NFGSM(LossAttack):
         # Replay keeps statistics still in forward passes; a checkpoint runs them once more in the backward pass.
         still = modes.frozen_statistics(model) if replay is None or replay.frozen else nullcontext()
         with grad_enabled(), still, modes.evaluating(model) if self.mode == "eval" else nullcontext():
-            z, rows, part = self._stepped(point, None)
+            z, rows, part = self._stepped(point, None if self.seed is None else point.batch.index)
         replay = part.batch.replay
         if part is point or replay is None or not replay.drawn_from or modes.batch_norms(point.batch.model):
             return point.at(z, differentiable=differentiable, counts=True)

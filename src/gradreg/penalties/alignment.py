@@ -173,7 +173,7 @@ class SaliencyAlignment(Penalty):
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
         grad = point.gradient(self.of)
-        return _one_minus_cosine(grad.abs() if self.absolute else grad, self._maps(point))
+        return _one_minus_cosine(grad.abs() if self.absolute else grad, self._maps(point).to(grad.dtype))
 
     def undefined(self, point: Point) -> Bool[Tensor, "B"]:
         return ~(point.gradient(self.of).flatten(1).any(1) & self._maps(point).flatten(1).any(1))
@@ -181,7 +181,7 @@ class SaliencyAlignment(Penalty):
     def _maps(self, point: Point) -> Tensor:
         maps = self.target(point).detach().to(point.x.device)
         try:
-            return at_least_float32(maps).expand_as(point.x)
+            return maps.expand_as(point.x)
         except RuntimeError:
             raise ValueError(
                 f"SaliencyAlignment: the maps have shape {tuple(maps.shape)}, which does not fit x, "
@@ -216,6 +216,8 @@ class GradientAlignment(RandomPenalty):
         True
     """
 
+    why_undefined: ClassVar[str] = "a gradient is 0"
+
     threat: ThreatModel
     detach: Literal["clean", "noisy"] | None = "clean"
 
@@ -228,6 +230,13 @@ class GradientAlignment(RandomPenalty):
         return f"gradient alignment in {self.threat}"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
-        noisy = point.at(point.x + self._noise(point, self.threat))
+        return _one_minus_cosine(*self._gradients(point))
+
+    def undefined(self, point: Point) -> Bool[Tensor, "B"]:
+        here, there = (grad.flatten(1).any(1) for grad in self._gradients(point))
+        return ~(here & there)
+
+    def _gradients(self, point: Point) -> tuple[Tensor, Tensor]:
+        noisy = point.once((id(self), "noisy"), lambda: point.at(point.x + self._noise(point, self.threat)))
         here = point.gradient(constant=self.detach == "clean")
-        return _one_minus_cosine(here, noisy.gradient(constant=self.detach == "noisy"))
+        return here, noisy.gradient(constant=self.detach == "noisy")

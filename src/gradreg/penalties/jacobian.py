@@ -12,6 +12,7 @@ from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
 from gradreg.noise import generator_of
 from gradreg.penalties.penalty import RandomPenalty
 from gradreg.point import Point
+from gradreg.threat_models import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +82,13 @@ class JacobianPenalty(RandomPenalty):
         return f"{'centred ' if self.centred else ''}Jacobian, {self.projections} projections"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
-        scores = point.once((self, "projections"), lambda: self._scores(point))
+        scores = point.once((id(self), "projections"), lambda: self._scores(point))
         squares = [point.gradient(of).square().flatten(1).sum(1) for of in scores]
         return 0.5 * torch.stack(squares).sum(0)
 
     def _scores(self, point: Point) -> list[_Projection]:
         """Scores whose squared gradients add up to the squared norm, in expectation."""
-        logits = check_logits(point.logits)
+        logits = at_least_float32(check_logits(point.logits))
         if logits.ndim != 2 or (self.centred and logits.shape[1] < 2):
             raise ValueError(
                 f"JacobianPenalty needs logits of shape (B, K){', K > 1' if self.centred else ''}, got shape "
@@ -97,11 +98,11 @@ class JacobianPenalty(RandomPenalty):
         if self.projections == "exact":
             rows = torch.eye(classes, dtype=logits.dtype, device=logits.device)
             return [_Projection(row.expand_as(logits)) for row in (rows - 1 / classes if self.centred else rows)]
-        drawn = point.drawn((self, "directions"), lambda: self._normal(point, logits))
+        drawn = point.drawn((id(self), "directions"), lambda: self._normal(point, logits)).to(logits.dtype)
         if self.centred:
             drawn = drawn - drawn.mean(2, keepdim=True)
         scale = ((classes - self.centred) / self.projections) ** 0.5
-        return [_Projection((scale * way / way.norm(dim=1, keepdim=True)).to(logits.dtype)) for way in drawn]
+        return [_Projection(scale * way / way.norm(dim=1, keepdim=True)) for way in drawn]
 
     def _normal(self, point: Point, logits: Tensor) -> Tensor:
         """Normal numbers (k, B, K), those of each sample from its own generator if there is a seed."""

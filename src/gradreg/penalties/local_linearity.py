@@ -56,7 +56,7 @@ class LocalLinearity(RandomPenalty):
         return f"local linearity error in {self.threat}"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
-        x, share = point.x, point.drawn((self, "share"), lambda: self._share(point))
+        x, share = point.x, point.drawn((id(self), "share"), lambda: self._share(point))
         first, second = (x + self._noise(point, self.threat, draw) for draw in (0, 1))
         between = torch.lerp(first, second, share.view(-1, *[1] * (x.ndim - 1)))
         loss, start, end = map(at_least_float32, point.losses_at(between, first, second))

@@ -157,6 +157,9 @@ class LogitPairing(Penalty):
         where = self.at if isinstance(self.at, str) else self.at.name
         return f"logit pairing, {self.divergence}, {where}"
 
+    def seeded(self, seed: int) -> "LogitPairing":
+        return self if isinstance(self.at, str) else replace(self, at=self.at.seeded(seed))
+
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
         if self.at == "start":
             return self._from_start(point)

@@ -453,6 +453,11 @@ def _named(given: Sequence[Statistic] | Mapping[str, Statistic], seed: int) -> d
                 f"Expected penalties, such as GradNormPenalty(Linf(1.0)), or functions of a point; got {penalty!r}."
             )
         found = penalty if isinstance(penalty, Penalty) else _Function(penalty)
+        if found.of_batch:
+            raise ValueError(
+                f"{found.name} is of a whole batch, and a sample has no value of its own: it cannot be measured over a "
+                "data set. Take a penalty of each sample."
+            )
         name = found.name if key is None else key
         if name in named:
             raise ValueError(f"Two penalties are called {name!r}. Give them names: {{'name': penalty, ...}}.")
