@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradreg import checks
-from gradreg.point import Point
+from gradreg.point import Parts, Point
 
 
 @final
@@ -50,7 +50,6 @@ class CollapseAlarm(nn.Module):
 
     sums: Tensor
     found: Tensor
-    steps: Tensor
 
     def __init__(self, period: int = 50, *, most_fallen: float = 0.2, least_cosine: float = 0.3) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ class CollapseAlarm(nn.Module):
         self.register_buffer("sums", torch.zeros(4))
         # Falls and cosine of the last period, and the least falls and the best cosine of any before.
         self.register_buffer("found", torch.tensor([torch.nan, torch.nan, torch.nan, torch.nan]))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.steps = 0
 
     @property
     def fallen(self) -> Tensor:
@@ -90,6 +89,8 @@ class CollapseAlarm(nn.Module):
         losses, rows = where.losses.detach(), step.rows
         self.sums[0] += ((losses if rows is None else losses[rows]) < step.losses).float().mean()
         self.sums[1] += 1
+        if isinstance(where, Parts) and rows is not None:  # those that were moved have a pass of their own
+            where, rows = where.parts[0], None
         leaf = getattr(where, "leaf", None)
         if alone and leaf is not None and leaf.requires_grad:
             leaf.register_hook(lambda grad: self._compare(step.gradient, grad if rows is None else grad[rows]))
@@ -101,13 +102,19 @@ class CollapseAlarm(nn.Module):
 
     def _count(self) -> None:
         """At the end of a period, look; before the step that begins the next, whose backward pass is still to come."""
-        if int(self.steps) and int(self.steps) % self.period == 0:
+        if self.steps and self.steps % self.period == 0:
             falls, cosine = self.sums[0] / self.sums[1], self.sums[2] / self.sums[3]  # NaN where there are none
             self.found[0], self.found[1] = falls, cosine
             self._look(*self.found.tolist())
             self.found[2], self.found[3] = torch.fmin(self.found[2], falls), torch.fmax(self.found[3], cosine)
             self.sums.zero_()
         self.steps += 1
+
+    def get_extra_state(self) -> int:
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.steps = state
 
     def _look(self, falls: float, cosine: float, least_falls: float, best_cosine: float) -> None:
         if not (falls > self.most_fallen or cosine < self.least_cosine * best_cosine):  # no comparison of NaN is true

@@ -193,11 +193,12 @@ class PenalizedLoss(nn.Module):
         point = Point.of(batch, batch.inputs.x, differentiable=bool(at or weights), counts=at is None)
         where = point if at is None else at.move(point, differentiable=bool(weights) or self.alarm is not None)
         if point is not where:
-            where.first_step = point.known.pop("first step", None)
-            # What an attack has computed at the clean input is not needed any more.
-            where.origin = point.released() if point.known else point
+            where.moved_from, where.first_step = point, point.known.pop("first step", None)
+            if point.known:  # what an attack has computed at the clean input is not needed any more
+                point.release()
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
-        loss, penalties = where.losses.mean(), {}
+        loss = where.losses.mean()
+        penalties: dict[str, Tensor] = {}
 
         def total_of_terms() -> Tensor:
             total = loss_weight * loss
@@ -205,7 +206,8 @@ class PenalizedLoss(nn.Module):
                 values = self.terms[name].penalty(part)
                 if not isinstance(values, Tensor) or values.shape != part.x.shape[:1]:
                     raise _wrong_shape(name, values, part.x)
-                total, penalties[name] = total + weight * values.mean(), values.detach()
+                total = total + weight * values.mean()
+                penalties.setdefault(name, values.detach())  # of the first time: inside a transform there is a second
             return total
 
         total = batch.differentiation.completed(total_of_terms, batch.requests)
@@ -340,7 +342,9 @@ class PenalizedLoss(nn.Module):
         self._check_radii(whole.x)
         rows = torch.randperm(len(whole.x), device=whole.x.device).tensor_split([count])
         parts = [whole.rows(rows[0], counts=True), whole.rows(rows[1], differentiable=False)]
-        return Parts(whole, parts, rows), parts[0]
+        together = Parts(whole, parts, rows)
+        together.moved_from, together.first_step = whole.moved_from, whole.first_step
+        return together, parts[0]
 
     def _check_radii(self, x: Tensor) -> None:
         for name, term in self.terms.items():

@@ -22,8 +22,8 @@ from gradreg.trees import Inputs, detached, joined, taken, usable
 Model = Callable[..., Any]
 ScoreOf = ClassSelector | Callable[[Any], Tensor] | None  # None for the loss
 
-# Whether the samples of a batch do not see each other, of the models that were asked.
-_apart: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+# Of the models that were asked, by mode: whether the samples of a batch do not see each other.
+_apart: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakKeyDictionary()
 
 
 @final
@@ -92,7 +92,7 @@ class Point:
     counts: bool
     known: dict[Hashable, Any]
     leaf: Tensor  # the tensor whose gradient is taken, once the pass has run
-    origin: "Point | None" = None  # where an attack has moved the batch from
+    moved_from: "Point | None" = None  # the clean point, where an attack has moved the batch
     first_step: "FirstStep | None" = None  # what that attack found where it started
     _slopes: list[tuple[ScoreOf, bool, Tensor]]
 
@@ -148,9 +148,15 @@ class Point:
         return self.batch.y
 
     @property
-    def clean(self) -> "Point":
-        """The point from which the objective's attack has moved the batch; without an attack the point itself."""
-        return self if self.origin is None else self.origin
+    def origin(self) -> "Point | None":
+        """The clean point of a batch that an attack has moved, with the same random numbers; None without an attack."""
+        clean = self.moved_from
+        if clean is None:
+            return None
+        origin = self.once("origin", lambda: self.at(clean.x))
+        if "logits" in clean.known:  # those of an attack that has begun there, whose graph is gone
+            origin.known.setdefault("constant logits", clean.known["logits"])
+        return origin
 
     @property
     def logits(self) -> Any:
@@ -227,13 +233,14 @@ class Point:
             return False
         if {"model", "criterion"} & replay.drawn_from.keys():  # then two copies of a sample would draw other numbers
             return False
-        if model not in _apart and not in_transform():
+        known = _apart.setdefault(model, {})
+        if model.training not in known and not in_transform():
             rows = torch.arange(len(self.x), device=self.x.device).repeat(2)
             with torch.no_grad():
                 twice = self.rows(rows).at(torch.cat([inputs[0], inputs[-1]]), differentiable=False).losses
                 once = torch.cat([self.at(z, differentiable=False).losses for z in (inputs[0], inputs[-1])])
-            _apart[model] = alike(once, twice)
-        return _apart.get(model, False)
+            known[model.training] = alike(once, twice)
+        return known.get(model.training, False)
 
     def drawn(self, key: Hashable, draw: Callable[[], Tensor]) -> Tensor:
         """Random numbers of a penalty, drawn once for the batch, so that all its points and passes have the same."""
@@ -257,7 +264,7 @@ class Point:
             draws={},
         )
         point = Point.of(part, self.x[rows], differentiable=differentiable, counts=counts)
-        point.origin = None if self.origin is None else self.origin.rows(rows, differentiable=False)
+        point.moved_from = None if self.moved_from is None else self.moved_from.rows(rows)
         return point
 
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
@@ -266,6 +273,11 @@ class Point:
         if rows is not None and len(rows) < len(self.x) and not batch.inputs.is_tensor:
             batch = self.rows(rows).batch
         return Point.of(batch, z, counts=False)._call(z)[0]
+
+    def with_loss(self, criterion: Criterion, y: Any) -> "Point":
+        """The same samples and passes with another loss, for an attack to raise."""
+        batch = replace(self.batch, criterion=criterion, y=y, of_classes=False)
+        return Point.of(batch, self.x, counts=False)
 
     def loss_of(self, logits: Any, y: Any = None, criterion: Criterion | None = None, *, again: bool = True) -> Tensor:
         """The values of a criterion, by default the batch's, with the random numbers that it draws in every pass."""
@@ -300,14 +312,10 @@ class Point:
         self._slopes.append((of, create_graph, grad))
         return grad
 
-    def released(self) -> "Point":
-        """The same point to start afresh, after the graphs of this one are freed: its logits stay, as a constant."""
+    def release(self) -> None:
+        """Free all graphs; what stays known is the logits, as a constant."""
         self.known = {"logits": detached(self.known["logits"])} if "logits" in self.known else {}
         self._slopes, self.leaf = [], self.x
-        again = self.at(self.x)
-        if "logits" in self.known:
-            again.known["constant logits"] = self.known["logits"]
-        return again
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""
@@ -410,7 +418,7 @@ class Parts(Point):
 
     def __init__(self, whole: Point, parts: Sequence[Point], rows: Sequence[Tensor]) -> None:
         vars(self).update(vars(Point.of(whole.batch, joined([part.x for part in parts], rows))))
-        self._parts, self._rows = parts, rows
+        self.parts, self._rows = parts, rows
 
     @property
     def losses(self) -> Tensor:
@@ -420,22 +428,41 @@ class Parts(Point):
         parts = [part.at(z[rows], differentiable=differentiable, counts=counts) for part, rows in self._pairs()]
         return Parts(self, parts, self._rows)
 
+    def with_loss(self, criterion: Criterion, y: Any) -> Point:
+        parts = [part.with_loss(criterion, taken(y, rows, len(self.x))) for part, rows in self._pairs()]
+        return Parts(super().with_loss(criterion, y), parts, self._rows)
+
+    def losses_at(self, *inputs: Tensor) -> list[Tensor]:
+        return [self.at(z, differentiable=False).losses for z in inputs]
+
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
         if rows is not None and len(rows) < len(self.x):
             return super().logits_at(z, rows)
         return joined([part.logits_at(z[of_part]) for part, of_part in self._pairs()], self._rows)
 
     def score(self, of: ScoreOf = None) -> Tensor:
-        return self._joined(lambda part: part.score(of))
+        scores = [part.score(self._of_part(of, rows)) for part, rows in self._pairs()]
+        return joined(scores, self._rows)
 
     def _run(self) -> Any:
         return self._joined(lambda part: part.logits)
 
     def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
-        return self._joined(lambda part: part._differentiated(of, scale, create_graph, retain_graph=retain_graph))
+        grads = [
+            part._differentiated(self._of_part(of, rows), scale, create_graph, retain_graph=retain_graph)
+            for part, rows in self._pairs()
+        ]
+        return joined(grads, self._rows)
+
+    def _of_part(self, of: ScoreOf, rows: Tensor) -> ScoreOf:
+        """A function of the logits of all samples, which may hold a number for each, as one of some of them."""
+        if of is None or isinstance(of, ClassSelector) or not isinstance(self.logits, Tensor):
+            return of
+        others = self.logits.detach()
+        return lambda logits: of(others.index_copy(0, rows, logits))[rows]
 
     def _pairs(self) -> Iterator[tuple[Point, Tensor]]:
-        return zip(self._parts, self._rows, strict=True)
+        return zip(self.parts, self._rows, strict=True)
 
     def _joined(self, values_of: Callable[[Point], Any]) -> Any:
-        return joined([values_of(part) for part in self._parts], self._rows)
+        return joined([values_of(part) for part in self.parts], self._rows)

@@ -20,16 +20,24 @@ from gradreg import (
     L2,
     NFGSM,
     Attack,
+    Curvature,
     EdgeAlignmentPenalty,
     FiniteDifference,
+    GradientAlignment,
     GradNormPenalty,
+    JacobianPenalty,
     Linf,
+    LocalLinearity,
+    LogitPairing,
     Noise,
     PenalizedLoss,
     PGDAttack,
     Point,
+    SaliencyAlignment,
+    SpikeWeight,
     Term,
     ThreatModel,
+    WorstLocalLinearity,
     edge_alignment,
     grad_norm,
     input_gradient_of,
@@ -167,6 +175,80 @@ def two_points(point: Point) -> Tensor:
 def test_penalties_of_two_gradients(differentiation: FiniteDifference | None) -> None:
     terms = {"p": Term(two_points, 0.7)}
     _check(make_model("conv"), PenalizedLoss(per_sample_cross_entropy, terms, differentiation=differentiation))
+
+
+class SteadyAlignment(GradientAlignment):
+    """With numbers in the place of random ones, which a compiled region draws otherwise."""
+
+    def _noise(self, point: Point, ball: ThreatModel, draw: int = 0) -> Tensor:
+        return 0.05 * point.x.cos()
+
+
+class SteadyLinearity(LocalLinearity):
+    def _noise(self, point: Point, ball: ThreatModel, draw: int = 0) -> Tensor:
+        return (0.05 + 0.03 * draw) * point.x.cos()
+
+    def _share(self, point: Point) -> Tensor:
+        return point.x.flatten(1).mean(1)
+
+
+class SteadyWorst(WorstLocalLinearity):
+    def _noise(self, point: Point, ball: ThreatModel, draw: int = 0) -> Tensor:
+        return 0.05 * point.x.cos()
+
+
+STEP = NFGSM(Linf(0.1), noise=0.0)
+MENU: dict[str, dict[str, Any]] = {
+    "gradients": {
+        "terms": {
+            "squared": Term(GradNormPenalty(Linf(0.1), squared=True)),
+            "Jacobian": Term(JacobianPenalty("exact", centred=True)),
+            "curvature": Term(Curvature(Linf(0.1))),
+            "alignment": Term(SteadyAlignment(Linf(0.1))),
+            "maps": Term(SaliencyAlignment(lambda point: point.x)),
+        }
+    },
+    "values": {"terms": {"ELLE": Term(SteadyLinearity(Linf(0.1))), "LLR": Term(SteadyWorst(Linf(0.1)))}},
+    "pairs": {
+        "terms": {
+            name: Term(LogitPairing(name, STEP, attack_weight=1.0)) for name in ("kl", "js", "squared", "nuclear")
+        }
+    },
+    "pairs after an attack": {
+        "terms": {name: Term(LogitPairing("logits", name)) for name in ("clean", "start")},
+        "at": STEP,
+    },
+}
+
+
+@pytest.mark.parametrize("differentiation", [None, FiniteDifference(0.1, Linf(0.1))])
+@pytest.mark.parametrize("name", MENU)
+def test_the_menu(name: str, differentiation: FiniteDifference | None) -> None:
+    _check(make_model("conv"), PenalizedLoss(per_sample_cross_entropy, **MENU[name], differentiation=differentiation))
+
+
+@pytest.mark.parametrize("differentiation", [None, FiniteDifference(0.1, Linf(0.1))])
+def test_penalties_that_draw_random_numbers(differentiation: FiniteDifference | None) -> None:
+    """Other ones at every step, and the same ones at all points of a step: two points that are one do not differ."""
+    model, (x, y) = make_model("conv"), make_batch(4)
+    terms = {"alignment": Term(GradientAlignment(Linf(1e-9))), "Jacobian": Term(JacobianPenalty())}
+    objective = PenalizedLoss(per_sample_cross_entropy, terms, differentiation=differentiation)
+    step = torch.compile(lambda x, y: tuple(objective(model, x, y)), backend="aot_eager", fullgraph=True)
+    first, second = (step(x, y) for _ in range(2))
+    assert first[3]["alignment"].abs().max() < 1e-6
+    assert not torch.equal(first[3]["Jacobian"], second[3]["Jacobian"])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(first[0], parameters_of(model)))
+
+
+def test_a_controller_compiles() -> None:
+    """Its buffers move inside the region."""
+    model, (x, y) = make_model("conv"), make_batch(4)
+    weight = SpikeWeight("p", peak=2.0)
+    objective = PenalizedLoss(per_sample_cross_entropy, {"p": Term(GradNormPenalty(Linf(0.1)), weight)}).double()
+    step = torch.compile(lambda x, y: objective(model, x, y).total, backend="aot_eager", fullgraph=True)
+    for _ in range(4):
+        step(x, y)
+    assert int(weight.seen) == 3
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central"])

@@ -22,14 +22,22 @@ from torch.nn.parallel import DistributedDataParallel
 from gradreg import (
     NFGSM,
     Attack,
+    Curvature,
     EdgeAlignmentPenalty,
     FiniteDifference,
+    GradientAlignment,
     GradNormPenalty,
+    JacobianPenalty,
     Linf,
+    LocalLinearity,
+    LogitPairing,
     PenalizedLoss,
     PenalizedModel,
     PGDAttack,
+    RememberedStart,
+    SpikeWeight,
     Term,
+    WorstLocalLinearity,
     find_nonsmooth,
     true_class,
 )
@@ -230,6 +238,69 @@ def _sharded(objective: PenalizedLoss, prepare: Callable[[nn.Module], None], res
     return max((a - b.detach()).abs().max().item() for a, b in zip(found, single.parameters(), strict=True))
 
 
+def _menu(
+    make: Callable[[], nn.Module] = _model,
+    *,
+    outside: bool = False,
+    differentiation: FiniteDifference | None = None,
+    **options: object,
+) -> float:
+    """Penalties of one gradient and of several, of values and of pairs, and of the half that an attack has moved."""
+    threat = Linf(0.1)
+    penalties = [
+        GradNormPenalty(threat, squared=True),
+        JacobianPenalty(),
+        Curvature(threat),
+        GradientAlignment(threat),
+        LocalLinearity(threat),
+        WorstLocalLinearity(threat),
+        LogitPairing("kl", PGD),
+        LogitPairing("logits", "clean"),
+        LogitPairing("js", "start"),
+    ]
+    terms = {penalty.name: Term(penalty) for penalty in penalties}
+    objective = PenalizedLoss(CRITERION, terms, at=RECOMMENDED, differentiation=differentiation)
+    x, y = _batch()
+    model = make()
+    wrapped = DistributedDataParallel(model if outside else PenalizedModel(model, objective), **options)
+    for _ in range(3):
+        wrapped.zero_grad()
+        torch.manual_seed(dist.get_rank())
+        out = objective(wrapped, _shard(x), _shard(y)) if outside else wrapped(_shard(x), _shard(y))
+        out.total.backward()
+    return _error(wrapped, _reference_by_parts(objective, make))
+
+
+def _remembered(per: str) -> float:
+    """The starts of all ranks are those of one process with the whole batch, after three steps."""
+    kept = []
+    for alone in (True, False):
+        start = RememberedStart((2, 6, 6), per=per, count=1 if per == "all" else 4, momentum=0.5, step=0.3)
+        objective = PenalizedLoss(CRITERION, at=replace(STEADY, start=start, bounds=None))
+        model, (x, y) = _model(), _batch()
+        wrapped = model if alone else DistributedDataParallel(PenalizedModel(model, objective))
+        for _ in range(3):
+            if alone:  # on both ranks alike, so that their average is that of one
+                objective(wrapped, x, y)
+            else:
+                wrapped(_shard(x), _shard(y)).total.backward()
+        kept.append(start.kept)
+    return (kept[0] - kept[1]).abs().max().item()
+
+
+def _controlled() -> float:
+    """What is measured differs by rank; the weight that follows from it does not."""
+    weight = SpikeWeight("line", peak=1.0, deviations=0.1)
+    objective = PenalizedLoss(CRITERION, {"line": Term(LocalLinearity(Linf(0.5)), weight)})
+    wrapped, (x, y) = DistributedDataParallel(PenalizedModel(_model(), objective)), _batch()
+    for step in range(8):
+        torch.manual_seed(10 * step + dist.get_rank())
+        wrapped(_shard(x), _shard(y)).total.backward()
+    weights = [torch.zeros(()) for _ in range(RANKS)]
+    dist.all_gather(weights, weight.weight)
+    return (weights[0] - weights[1]).abs().item() if any(weights) else 1.0
+
+
 def _kinks_found_by_one_rank() -> float:
     """One rank alone looks into models whose forward would wait for the other; 1 if it finds something else."""
     layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(2)]
@@ -282,6 +353,14 @@ CASES: dict[str, Callable[[], float]] = {
     "ddp PGD outside": lambda: _at(PGD, outside=True),
     "ddp PGD outside, static_graph": lambda: _at(PGD, outside=True, static_graph=True),
     "ddp PGD outside, BatchNorm": lambda: _at(PGD, _normalising, outside=True),
+    "ddp menu together": _menu,
+    "ddp menu together, static_graph": lambda: _menu(static_graph=True),
+    "ddp menu together, dropout": lambda: _menu(_dropping),
+    "ddp menu together, finite differences": lambda: _menu(differentiation=FiniteDifference(0.1, Linf(0.1))),
+    "ddp menu outside": lambda: _menu(outside=True),
+    "ddp start for all": lambda: _remembered("all"),
+    "ddp start for each class": lambda: _remembered("class"),
+    "ddp controller": _controlled,
     "ddp after an attack": _after_an_attack,
     "ddp kinks found by one rank": _kinks_found_by_one_rank,
     "fsdp2 double backward, defaults": lambda: _sharded(_objective(), lambda model: None, False),

@@ -84,7 +84,7 @@ class IteratedAttack(LossAttack):
         look = self._check(point)
         search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look)
         kept = getattr(self, "start", None)
-        if start is None and kept is not None:
+        if start is None and kept is not None and point.batch.checked:
             noise = noise_for(x, self.threat, self.seed, index) if self.random_start else torch.zeros_like(x)
             start = start_of(kept, point) + noise
         for delta in search.starts(
@@ -116,7 +116,7 @@ class PGDAttack(IteratedAttack):
     Attributes:
         step_size: Length of a step in the units of eps. Default: ``2.5 * eps / steps``.
         start: Perturbations to which the noise of a random start is added: a tensor that broadcasts against x, or a
-            :class:`RememberedStart`. Training alone uses it.
+            :class:`RememberedStart`. Inside an objective alone.
 
     Example:
         >>> from gradreg import Linf

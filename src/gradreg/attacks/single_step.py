@@ -105,7 +105,7 @@ class NFGSM(LossAttack):
     Attributes:
         noise: Size of the uniform noise in units of the ball; the paper has 2, without ``bounds``.
         start: Perturbations to which the noise is added: a tensor that broadcasts against x, or a
-            :class:`RememberedStart`. Training alone uses it.
+            :class:`RememberedStart`. Inside an objective alone.
         share: The share of the samples that take the step, in (0, 1].
         seed: Makes the noise reproducible, see :func:`pgd`.
 
@@ -166,7 +166,9 @@ class NFGSM(LossAttack):
             self._check(point)
         ball = threat if self.noise == 1 else threat.scaled(self.noise)
         noise = noise_for(x, ball, self.seed, index)
-        z = noisy = clamped_(x + (noise if self.start is None else start_of(self.start, point) + noise), bounds)
+        if self.start is not None and point.batch.checked:
+            noise = noise + start_of(self.start, point)
+        z = noisy = clamped_(x + noise, bounds)
         count = max(1, round(self.share * len(x)))
         if count < len(x):
             rows = torch.randperm(len(x), device=x.device).tensor_split([count])

@@ -111,7 +111,7 @@ class RememberedStart(nn.Module):
     def _means(self, keys: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """The classes in the batch, and the mean slope of each, over all processes."""
         total = torch.zeros_like(self.kept).index_add_(0, keys, slope)
-        times = torch.bincount(keys, minlength=self.count).to(total)
+        times = total.new_zeros(self.count).index_add_(0, keys, total.new_ones(len(keys)))  # waits for no device
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
             distributed.all_reduce(times)

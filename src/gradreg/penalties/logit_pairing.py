@@ -202,8 +202,7 @@ class LogitPairing(Penalty):
         else:
             y = (point.y, reference)
             criterion = lambda logits, y: loss_of(logits, y[0]) + weight * divergence(y[1], at_least_float32(logits))  # noqa: E731
-        batch = replace(point.batch, criterion=criterion, y=y, of_classes=False)
-        return attack.perturb(Point.of(batch, point.x, counts=False))
+        return attack.perturb(point.with_loss(criterion, y))
 
 
 def _logits_of(point: Point, constant: bool) -> Tensor:

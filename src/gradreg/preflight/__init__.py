@@ -23,7 +23,13 @@ __all__ = ["Finding", "PreflightReport", "preflight"]
 
 
 def preflight(
-    objective: PenalizedLoss, model: nn.Module, x: Any, y: Any = None, t: float | None = None
+    objective: PenalizedLoss,
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    t: float | None = None,
+    *,
+    index: torch.Tensor | None = None,
 ) -> PreflightReport:
     r"""Say whether a training step works, and otherwise name the module and the fix.
 
@@ -55,6 +61,7 @@ def preflight(
         x: A small batch of what the objective takes; two to four samples will do.
         y: Its labels.
         t: The optimiser step, for the schedules.
+        index: The numbers of the samples, where the objective needs them.
 
     Returns:
         The report: ``report.ok`` is the verdict, ``report.findings`` say why, ``print(report)`` shows them, errors
@@ -73,14 +80,14 @@ def preflight(
     works: Differentiation | None = None
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            works = _look(objective, model, (x, y, t), found)
+            works = _look(objective, model, (x, y, t, index), found)
         except Exception as error:  # x holds no tensor, a schedule raises
             found.append(Finding("error", "", str(error) or repr(error)))
     return PreflightReport(tuple(sorted(found, key=lambda finding: finding.severity == "warning")), works)
 
 
 def _look(
-    objective: PenalizedLoss, model: nn.Module, batch: tuple[Any, Any, float | None], found: list[Finding]
+    objective: PenalizedLoss, model: nn.Module, batch: tuple[Any, ...], found: list[Finding]
 ) -> Differentiation | None:
     """Add what is found, and return what works."""
     if not isinstance(objective, PenalizedLoss) or not isinstance(model, nn.Module):

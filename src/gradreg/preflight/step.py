@@ -37,6 +37,7 @@ class Step:
     y: Any
     t: float | None
     start: EagerReplay  # has the states of all random generators at the start
+    index: Tensor | None = None
     in_place: bool = False  # whether the model itself has to be run, and no copy
     blank: tuple[str, ...] = ()  # parameters that are given random numbers
     kept: tuple[tuple[str, Tensor], ...] = ()  # in copies: modules, and tensors whose originals hang on a graph
@@ -69,7 +70,7 @@ class Step:
 
     def run(self) -> PenalizedOutput:
         """Take the step up to the parameters' gradients."""
-        out = self.objective(self.model, self.x, self.y, self.t)
+        out = self.objective(self.model, self.x, self.y, self.t, index=self.index)
         out.total.backward()
         return out
 
@@ -106,7 +107,9 @@ class Step:
                     yield name, own.requires_grad_()
 
 
-def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float | None) -> Step:
+def step_of(
+    objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float | None, index: Tensor | None = None
+) -> Step:
     """The step with all its terms: a weight that a schedule has at 0 is that of another time, or else 1."""
     tried = copy.copy(objective)
     tried.measured = None  # a weight that sees it is a number here
@@ -121,7 +124,7 @@ def step_of(objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, t: float
     start = EagerReplay(nn.Identity(), None, device)
     with replayed(random_state(device), device), start.drawing("start"):
         torch.rand(())  # a stage that draws nothing is not remembered
-    return Step(tried, model, x, y, t, start)
+    return Step(tried, model, x, y, t, start, index=index)
 
 
 def _above_0(weight: Any, t: float | None) -> float:
