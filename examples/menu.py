@@ -26,13 +26,13 @@ from gradreg.state import write_atomically
 
 from study import menu_report
 from study.data import Data, load, numbers_of_batches
-from study.menu import MENU, Training, steps_of
+from study.menu import EQUAL_STEPS, MENU, Training, steps_of
 from study.models import build
 from study.runs import Run, chunks, learning_rate, pack
 
-VALIDATION_IMAGES, IMAGES = 500, 1000
+IMAGES = 1000
+EASY = {"FGSM": FGSM, "PGD-20": lambda threat: PGDAttack(threat, steps=20, seed=0)}
 SETTINGS = [("convnet", "0.1"), ("vit", "8/255"), ("convnet", "8/255"), ("vit", "0.1")]
-EQUAL_STEPS = 500
 
 
 def method_of(entry: str, weight: float) -> str:
@@ -43,18 +43,9 @@ def method_of(entry: str, weight: float) -> str:
 def perform(run: Run, entry: str, weight: float, data: Data, bar: tqdm) -> dict[str, Any]:
     """Train and attack."""
     model, training = train(run, entry, weight, data, bar)
-    easy = ("FGSM", "PGD-20") if run.split == "test" else ()
-    accuracy = {name: model_accuracy(model, run, data, name) for name in easy}
     with torch.no_grad():
         clean = int(sum((model(x).argmax(1) == y).sum() for x, y in chunks(data, len(data.x))))
-    thorough = {
-        "APGD-CE": APGDAttack(run.threat, seed=0),
-        "APGD-T": TargetedAPGDAttack(run.threat, halving=True, seed=0),
-    }
-    if run.split == "validation":
-        attacks, images = {"APGD-CE": APGDAttack(run.threat, steps=50, seed=0)}, VALIDATION_IMAGES
-    else:
-        attacks, images = thorough, IMAGES
+    attacks, images = attacks_on(run)
     report = evaluate(model, chunks(data, images), attacks, masking=0, progress=False)
     alarm = training.kept.alarm if training.entry.collapses else None
     return {
@@ -67,7 +58,7 @@ def perform(run: Run, entry: str, weight: float, data: Data, bar: tqdm) -> dict[
         "robust": sum(report.robust),
         "robust_of": report.n,
         "verdicts": pack(report.robust),
-        **accuracy,
+        **({} if run.split == "validation" else {name: right(model, run, data, name) for name in EASY}),
         **({} if alarm is None else {"alarm": [round(value, 3) for value in alarm.found.tolist()]}),
     }
 
@@ -89,10 +80,17 @@ def train(run: Run, entry: str, weight: float, data: Data, bar: tqdm) -> tuple[n
     return model.eval(), training
 
 
-def model_accuracy(model: nn.Module, run: Run, data: Data, name: str) -> int:
+def attacks_on(run: Run) -> tuple[Any, int]:
+    """The attacks that a run is judged by, and on how many images."""
+    if run.split == "validation":
+        return {"APGD-CE": APGDAttack(run.threat, steps=50, seed=0)}, 500
+    thorough = TargetedAPGDAttack(run.threat, halving=True, seed=0)
+    return {"APGD-CE": APGDAttack(run.threat, seed=0), "APGD-T": thorough}, IMAGES
+
+
+def right(model: nn.Module, run: Run, data: Data, name: str) -> int:
     """How many of the images are right under an attack that is easily fooled."""
-    attack = FGSM(run.threat) if name == "FGSM" else PGDAttack(run.threat, steps=20, random_start=True, seed=0)
-    return sum(evaluate(model, chunks(data, IMAGES), [attack], masking=0, progress=False).robust)
+    return sum(evaluate(model, chunks(data, IMAGES), [EASY[name](run.threat)], masking=0, progress=False).robust)
 
 
 class Study:
@@ -108,7 +106,7 @@ class Study:
     def known(self, run: Run) -> dict[str, Any] | None:
         """The result of a run, if there is one: in the folder, or on record."""
         path = self.folder / "runs" / f"{run.name}.json"
-        return json.loads(path.read_text()) if path.exists() else menu_report.on_record().get(run)
+        return json.loads(path.read_text()) if path.exists() else menu_report.on_record().get(run.name)
 
     def runs(self, seeds: Sequence[int]) -> Iterator[tuple[Run, str, float]]:
         """All runs that are missing, in an order in which what one needs comes before it."""

@@ -1,7 +1,7 @@
 """The menu: every regulariser of the library and the objectives that it is compared with, each with three weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from gradreg import (
     cross_entropy,
 )
 
+EQUAL_STEPS = 500
 BUDGET = 1500.0  # natural steps: those of 500 steps of PGD-3, which cost 3 each
 SHAPE, CLASSES, TRAINED = (1, 28, 28), 10, 55_000
 
@@ -55,6 +56,7 @@ class Entry:
         about: What the weight is.
         keep: What has a state, made of the weight.
         collapses: Whether its attack is one that training can overfit to, so that the alarm watches it.
+        kind: For the figure.
     """
 
     make: Make
@@ -62,6 +64,16 @@ class Entry:
     about: str = "weight"
     keep: Callable[[float], Kept] = lambda weight: Kept()
     collapses: bool = False
+    kind: str = "penalty"
+
+
+KINDS = {  # colours of Okabe and Ito
+    "attack": "#000000",
+    "penalty": "#E69F00",
+    "pair": "#0072B2",
+    "penalty beside one step": "#009E73",
+    "start that remembers": "#CC79A7",
+}
 
 
 def pgd(threat: Linf, steps: int = 3, **options: object) -> PGDAttack:
@@ -228,6 +240,25 @@ MENU: dict[str, Entry] = {
     "FGSM-UAP": Entry(
         beside(n_fgsm, lambda threat: pairing("logits", "start")), (0.1, 0.3, 1.0), keep=of_all, collapses=True
     ),
+}
+
+
+_KINDS_OF = {
+    "attack": ("natural", "N-FGSM", "N-FGSM, half", "PGD-3", "FGSM", "FGSM-RS"),
+    "pair": ("TRADES, 3 steps", "TRADES, 1 step", "GAT", "NuAT", "ALP", "MART"),
+    "penalty beside one step": ("GradAlign", "ELLE", "ELLE-A", "ConvergeSmooth"),
+    "start that remembers": (
+        "start for each image",
+        "start for each class",
+        "start for all",
+        "FGSM-PGI",
+        "LIET",
+        "FGSM-UAP",
+    ),
+}
+MENU = {
+    name: replace(entry, kind=next((kind for kind, names in _KINDS_OF.items() if name in names), "penalty"))
+    for name, entry in MENU.items()
 }
 
 

@@ -96,7 +96,7 @@ class Points:
         common = set.intersection(*(set(self._seeds.get(name, ())) for name in names))
         if not common:
             return None
-        seeds, images = _draws(len(common), self.verdicts[min(names)].shape[1], DRAWS)
+        seeds, images = bootstrap_weights(len(common), self.verdicts[min(names)].shape[1], DRAWS)
         drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for name in names:
             rows = [self._seeds[name].index(seed) for seed in sorted(common)]
@@ -132,7 +132,7 @@ class Points:
 
 
 @functools.cache
-def _draws(seeds: int, images: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap_weights(seeds: int, images: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights of seeds and of images: first all alike, then as often as each is drawn anew, with replacement."""
     generator = np.random.default_rng(0)
 
