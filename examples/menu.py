@@ -6,7 +6,7 @@
 For two networks and two radii every entry of `study/menu.py` is trained with three weights, and the one with the most
 robust accuracy on validation images is taken. With it and three seeds follow trainings of the compute of 500 steps of
 PGD-3, and of 500 steps, which are evaluated on the test images. Every run is a file; those that have one are not
-repeated.
+repeated. The entries whose starts remember follow for ten epochs, in one setting.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from gradreg.state import write_atomically
 
 from study import menu_report
 from study.data import Data, load, numbers_of_batches
-from study.menu import EQUAL_STEPS, MENU, Training, steps_of
+from study.menu import EQUAL_STEPS, LONG_ENTRIES, LONG_STEPS, MENU, Training, steps_of
 from study.models import build
 from study.runs import Run, chunks, learning_rate, pack
 
 IMAGES = 1000
+LONG_SETTING = ("convnet", "0.1")
 EASY = {"FGSM": FGSM, "PGD-20": lambda threat: PGDAttack(threat, steps=20, seed=0)}
 SETTINGS = [("convnet", "0.1"), ("vit", "8/255"), ("convnet", "8/255"), ("vit", "0.1")]
 
@@ -123,6 +124,11 @@ class Study:
             for net, eps, entry in self.chains:
                 weight = self.best(net, eps, entry)
                 yield Run(net, eps, EQUAL_STEPS, method_of(entry, weight), seed), entry, weight
+        for seed in seeds:
+            for net, eps, entry in self.chains:
+                if (net, eps) == LONG_SETTING and entry in LONG_ENTRIES:
+                    weight = self.best(net, eps, entry)
+                    yield Run(net, eps, LONG_STEPS, method_of(entry, weight), seed), entry, weight
 
     def best(self, net: str, eps: str, entry: str) -> float:
         """The weight with the most robust accuracy on validation images; of two as good, the smaller one."""
@@ -150,8 +156,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="The attack of one step does not attack", category=GradregWarning)
     study = Study(args.output, args.shard)
-    total = sum(study.steps[entry] * (len(MENU[entry].weights) + len(args.seeds)) + EQUAL_STEPS * len(args.seeds)
-                for *_, entry in study.chains)  # fmt: skip
+    total = sum(
+        study.steps[entry] * (len(MENU[entry].weights) + len(args.seeds))
+        + len(args.seeds) * (EQUAL_STEPS + LONG_STEPS * ((net, eps) == LONG_SETTING and entry in LONG_ENTRIES))
+        for net, eps, entry in study.chains
+    )
     with tqdm(total=total, unit="step", smoothing=0.01) as bar:
         for run, entry, weight in study.runs(args.seeds):
             if study.known(run) is not None:

@@ -31,6 +31,10 @@ from gradreg import (
 )
 
 EQUAL_STEPS = 500
+LONG_STEPS = 4290  # ten epochs
+LONG_ENTRIES = (
+    "N-FGSM", "start for each image", "start for each class", "start for all", "FGSM-PGI", "LIET", "FGSM-UAP",
+)  # fmt: skip
 BUDGET = 1500.0  # natural steps: those of 500 steps of PGD-3, which cost 3 each
 SHAPE, CLASSES, TRAINED = (1, 28, 28), 10, 55_000
 
@@ -232,13 +236,13 @@ MENU: dict[str, Entry] = {
     "start for each class": Entry(attacked(n_fgsm), RADII, RADIUS, of_classes, collapses=True),
     "start for all": Entry(attacked(n_fgsm), RADII, RADIUS, of_all, collapses=True),
     "FGSM-PGI": Entry(
-        beside(n_fgsm, lambda threat: pairing("logits", "start")), (0.1, 0.3, 1.0), keep=of_samples, collapses=True
+        beside(n_fgsm, lambda threat: pairing("logits", "start")), (0.01, 0.1, 0.5), keep=of_samples, collapses=True
     ),
     "LIET": Entry(
         beside(n_fgsm, lambda threat: pairing("js", "start")), (1.0, 5.0, 25.0), keep=of_classes, collapses=True
     ),
     "FGSM-UAP": Entry(
-        beside(n_fgsm, lambda threat: pairing("logits", "start")), (0.1, 0.3, 1.0), keep=of_all, collapses=True
+        beside(n_fgsm, lambda threat: pairing("logits", "start")), (0.01, 0.1, 0.5), keep=of_all, collapses=True
     ),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from study import points
-from study.menu import BUDGET, EQUAL_STEPS, KINDS, MENU
+from study.menu import BUDGET, EQUAL_STEPS, KINDS, LONG_ENTRIES, LONG_STEPS, MENU
 from study.runs import Run, unpack
 
 RECORD = Path("docs/menu")
@@ -60,7 +60,7 @@ def write(folder: Path) -> None:
     (RECORD / "runs.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
     on_record.cache_clear()
     settings = in_settings(found.values())
-    tables = [table(*setting, groups) for setting, groups in settings.items()]
+    tables = [table(*setting, groups) for setting, groups in settings.items()] + [long_table(found.values())]
     (RECORD / "tables.md").write_text(INTRODUCTION + "".join(tables))
     if settings:
         figure(settings).savefig(RECORD / "clean_and_robust.png")
@@ -107,6 +107,31 @@ def table(net: str, eps: str, groups: Mapping[Kind, Group]) -> str:
             f"| {entry} | {weight} | {first['cost']:.2f} | {first['steps']} | {len(group)} "
             f"| {mean(group, 'clean'):.1f} | {mean(group, 'robust'):.1f} ({low:.1f}-{high:.1f}) | {over} | {flagged} "
             f"| {collapsed or ''} | {at_steps[0]} | {at_steps[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def long_table(found: Iterable[dict[str, Any]]) -> str:
+    """What starts that remember are worth when the training is long enough to remember anything."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in sorted(found, key=name_of):
+        if result["split"] == "test" and result["steps"] == LONG_STEPS:
+            groups[result["entry"]].append(result)
+    if not groups:
+        return ""
+    first = next(iter(groups.values()))[0]
+    lines = [
+        f"\n## Ten epochs: {first['net']}, eps {first['eps']}, {LONG_STEPS} steps\n",
+        "| trained with | weight | seeds | clean % | robust % (95 %) | over N-FGSM, points |",
+        "|---|--:|--:|--:|:-:|:-:|",
+    ]
+    for entry in (name for name in LONG_ENTRIES if name in groups):
+        group = groups[entry]
+        low, high = interval(group)
+        over = "" if entry == "N-FGSM" or "N-FGSM" not in groups else difference(group, groups["N-FGSM"])
+        lines.append(
+            f"| {entry} | {group[0]['weight']:g} | {len(group)} | {mean(group, 'clean'):.1f} "
+            f"| {mean(group, 'robust'):.1f} ({low:.1f}-{high:.1f}) | {over} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -3,14 +3,16 @@
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradreg import checks
+from gradreg.controllers import KeptInFull
+from gradreg.gradients import in_transform
 from gradreg.point import Parts, Point
 
 
 @final
-class CollapseAlarm(nn.Module):
+class CollapseAlarm(KeptInFull):
     r"""Warns when training against an attack of one step collapses: ``PenalizedLoss(at=NFGSM(...), alarm=...)``.
 
     A network can learn to make one step useless: robust accuracy under a real attack falls to 0 within some hundred
@@ -27,7 +29,8 @@ class CollapseAlarm(nn.Module):
     their best values before. State is in the objective's ``state_dict``.
 
     It needs an attack that starts somewhere and takes its step there: :class:`gradreg.NFGSM`, :class:`gradreg.FGSM`, or
-    :class:`gradreg.PGDAttack`. It sees no collapse of a training that has no such attack.
+    :class:`gradreg.PGDAttack`. Inside a compiled step the cosine is not measured. It sees no collapse of a training
+    that has no such attack.
 
     Args:
         period: Steps between two looks.
@@ -51,7 +54,7 @@ class CollapseAlarm(nn.Module):
     sums: Tensor
     found: Tensor
 
-    def __init__(self, period: int = 50, *, most_fallen: float = 0.2, least_cosine: float = 0.3) -> None:
+    def __init__(self, period: int = 50, *, most_fallen: float = 0.2, least_cosine: float = 0.2) -> None:
         super().__init__()
         if period < 1:
             raise ValueError(f"CollapseAlarm: period is at least one step, got {period}.")
@@ -82,6 +85,12 @@ class CollapseAlarm(nn.Module):
             raise RuntimeError(
                 "CollapseAlarm: the objective's attack takes no step from a start that it knows. It works for NFGSM, "
                 "FGSM and PGDAttack; with at=None or Noise there is no single-step attack to watch: leave it out."
+            )
+        if in_transform() and not torch.compiler.is_compiling():
+            raise RuntimeError("CollapseAlarm: a torch.func transform cannot change its counts. Take the step eagerly.")
+        if step.evaluated:
+            raise ValueError(
+                'CollapseAlarm: an attack in evaluation mode has the losses of another network. Use mode="keep".'
             )
         if self.sums.device != where.x.device:
             self.sums, self.found = self.sums.to(where.x.device), self.found.to(where.x.device)

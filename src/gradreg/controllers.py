@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -11,12 +11,21 @@ from torch import Tensor, nn
 Measured = Mapping[str, Tensor]
 
 
-class Controller(nn.Module, ABC):
+class KeptInFull(nn.Module):
+    """A module whose buffers move with the others, but are never cast: counts and means need their digits."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeptInFull":
+        super()._apply(lambda tensor: tensor.to(fn(torch.empty_like(tensor)).device), recurse)
+        return self
+
+
+class Controller(KeptInFull, ABC):
     """A weight that sees what was measured: ``controller(t, measured)``, in the place of a schedule.
 
     ``measured`` maps ``"loss"``, ``"start"`` (the loss where the objective's attack has started) and the name of every
     term to the mean of the last step in which it was computed: scalars on the device of the loss, NaN as long as there
-    are none. In evaluation mode nothing is measured, and a controller keeps its state. State goes into buffers: it is
+    are none. Under DistributedDataParallel each rank measures its own batch, and the weights are those of rank 0. In
+    evaluation mode nothing is measured, and a controller keeps its state. State goes into buffers: it is
     in the objective's ``state_dict``, resumes with it, and DistributedDataParallel keeps it alike on all ranks. A
     controller that returns a tensor never waits for the device, and its term is computed at every step; one that
     returns a number waits once, and its term costs nothing at steps where the number is 0.
@@ -72,7 +81,7 @@ class SpikeWeight(Controller):
         if value.device != self.mean.device:
             self.to(value.device)
         # In place, as buffers have to be that are exchanged between ranks; by torch.where, which waits for no device.
-        known = ~value.isnan()
+        known = value.isfinite()
         value = torch.where(known, value, self.mean)
         bound = self.mean + self.deviations * (self.squares / self.seen.clamp(min=1)).sqrt()
         spike = known & (self.seen > 2) & (value > bound)
@@ -126,7 +135,7 @@ class ConvergenceWeight(Controller):
 
     def forward(self, t: float | None, measured: Measured) -> float:
         value = float(measured[self.name])
-        if math.isnan(value) or not self.training:
+        if not math.isfinite(value) or not self.training:
             return 0.0
         away = value - float(self.mean)
         self.total.add_(value)
@@ -136,3 +145,33 @@ class ConvergenceWeight(Controller):
             self.total.zero_()
             self.seen.zero_()
         return math.copysign(self.factor, away) if abs(away) > self.tolerance else 0.0
+
+
+@final
+class Measurement(KeptInFull):
+    """What the last step has measured, by name; NaN before."""
+
+    values: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.register_buffer("values", torch.full((len(self.names),), torch.nan))
+
+    def latest(self) -> Measured:
+        """Copies, which a later step does not change."""
+        return _Named(zip(self.names, self.values.clone(), strict=True))
+
+    @torch.no_grad()
+    def take(self, means: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take in some means; what is not among them stays."""
+        if self.values.device != device:
+            self.values = self.values.to(device)
+        for place, name in enumerate(self.names):
+            if name in means:
+                self.values[place] = means[name]
+
+
+class _Named(dict[str, Tensor]):
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"A weight asks for {name!r}, and what was measured are {list(self)}: the names of the terms.")

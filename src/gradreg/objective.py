@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradreg import checks, model_checks, modes
 from gradreg.attacks import Attack, RememberedStart
 from gradreg.collapse import CollapseAlarm
+from gradreg.controllers import Controller, Measured, Measurement
 from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import Differentiation, DoubleBackward, InputOnly, Requests
 from gradreg.gradients import in_transform
@@ -131,15 +132,15 @@ class PenalizedLoss(nn.Module):
         self.terms = dict(terms or {})
         # Registered, so that objective.to(device) moves what they hold, and the state of controllers is saved with it.
         parts: list[object] = [part for term in self.terms.values() for part in (term.penalty, term.weight)]
-        parts += [loss_weight, getattr(at, "start", None)]
+        attacks = [at, *(getattr(term.penalty, "at", None) for term in self.terms.values())]
+        starts = [getattr(attack, "start", None) for attack in attacks]
+        parts += [loss_weight, *starts]
         self._parts = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
         self.at = at
         self.loss_weight = loss_weight
         self.alarm = alarm
-        if any(map(sees_two, (loss_weight, *(term.weight for term in self.terms.values())))):
-            self.register_buffer("measured", torch.full((2 + len(self.terms),), torch.nan))
-        else:
-            self.measured = None
+        weights = [loss_weight, *(term.weight for term in self.terms.values())]
+        self.measured = Measurement(_measured_names(weights, self.terms)) if any(map(sees_two, weights)) else None
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.fraction = fraction
         self.perturb = perturb
@@ -194,11 +195,12 @@ class PenalizedLoss(nn.Module):
         where = point if at is None else at.move(point, differentiable=bool(weights) or self.alarm is not None)
         if point is not where:
             where.moved_from, where.first_step = point, point.known.pop("first step", None)
-            if point.known:  # what an attack has computed at the clean input is not needed any more
+            if (
+                point.known and not batch.trains_start
+            ):  # what an attack has computed at the clean input is not needed any more
                 point.release()
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
-        loss = where.losses.mean()
-        penalties: dict[str, Tensor] = {}
+        loss, penalties = where.losses.mean(), dict[str, Tensor]()
 
         def total_of_terms() -> Tensor:
             total = loss_weight * loss
@@ -215,13 +217,15 @@ class PenalizedLoss(nn.Module):
             model_checks.check_graph(batch.met, part.logits, self.differentiation.second_order)
         if self.training and (self.measured is not None or self.alarm is not None):
             self._measure(where, loss, penalties)
-        return PenalizedOutput(total, loss, where.logits, penalties, where.x, point.known.get("logits"))
+        clean = where.known.get("origin", point).known
+        clean_logits = clean.get("logits", clean.get("constant logits"))
+        return PenalizedOutput(total, loss, where.logits, penalties, where.x, clean_logits)
 
     def cost(self, t: float | None = None, *, shape: Sequence[int] = (3, 16, 16), classes: int = 10) -> Cost:
         """What a step runs, counted before there is a model: forward and backward passes, and their sum.
 
         The objective takes one step on random images and a small network without dropout or BatchNorm. Random numbers,
-        controllers and remembered starts are left as they are.
+        controllers and remembered starts are left as they are. An attack with ``early_stop`` costs less than it says.
 
         Args:
             t: The optimiser step, for the schedules.
@@ -239,8 +243,8 @@ class PenalizedLoss(nn.Module):
             >>> round(cost.natural_steps, 2)
             1.33
         """
-        start, cpu = getattr(self.at, "start", None), torch.device("cpu")
-        shape = start.kept.shape[1:] if isinstance(start, RememberedStart) else tuple(shape)
+        cpu, starts = torch.device("cpu"), [part for part in self._parts if isinstance(part, RememberedStart)]
+        shape = tuple(starts[0].kept.shape[1:] if starts else shape)
         tried = copy.copy(self)
         tried._modules = {name: module for name, module in self._modules.items() if name != "criterion"}
         tried.criterion, tried._of_classes, tried.perturb, tried.output = cross_entropy, True, None, None
@@ -253,7 +257,7 @@ class PenalizedLoss(nn.Module):
             except Exception as error:
                 raise RuntimeError(
                     f"PenalizedLoss.cost: a step on images of shape {tuple(shape)} with {classes} classes raised "
-                    f"{type(error).__name__}: {error}. Say another shape=."
+                    f"{type(error).__name__}: {error} Say the step, cost(t=...), or another shape=."
                 ) from error
 
     def extra_repr(self) -> str:
@@ -261,7 +265,7 @@ class PenalizedLoss(nn.Module):
         settings = ("terms", "at", "loss_weight", "differentiation", "fraction")
         return ", ".join(f"{name}={getattr(self, name)}" for name in settings)
 
-    def _last_measured(self, transformed: bool) -> dict[str, Tensor]:
+    def _last_measured(self, transformed: bool) -> Measured:
         """What the last step has measured, for the weights that see it."""
         assert self.measured is not None
         if transformed and not torch.compiler.is_compiling():
@@ -269,21 +273,17 @@ class PenalizedLoss(nn.Module):
                 "PenalizedLoss: a weight that sees what was measured has a state, which a torch.func transform cannot "
                 "change. Take the step eagerly, or give the weight as a schedule of t."
             )
-        return dict(zip(("loss", "start", *self.terms), self.measured.clone(), strict=True))
+        return self.measured.latest()
 
     @torch.no_grad()
     def _measure(self, where: Point, loss: Tensor, penalties: Mapping[str, Tensor]) -> None:
         """Remember for the next step what this one has found."""
         if self.alarm is not None:
             self.alarm.observe(where, alone=not penalties)
-        if self.measured is None:
-            return
-        if self.measured.device != loss.device:
-            self.measured = self.measured.to(loss.device)
-        start = None if where.first_step is None else where.first_step.losses
-        for place, values in enumerate((loss, start, *map(penalties.get, self.terms))):
-            if values is not None:
-                self.measured[place] = values.mean()
+        if self.measured is not None:
+            start = {} if where.first_step is None else {"start": where.first_step.losses.mean()}
+            means = {"loss": loss, **start, **{name: values.mean() for name, values in penalties.items()}}
+            self.measured.take(means, loss.device)
 
     def _batch_of(
         self,
@@ -300,13 +300,14 @@ class PenalizedLoss(nn.Module):
         checks.check_input(inputs.x)
         how = self.differentiation if weights else InputOnly()
         repeats = transformed or self.at is not None or self.fraction < 1 or how.looks_elsewhere
-        unit = None
+        unit, trains_start = None, False
         places: list[object] = [self.at]
         for name in weights:
             penalty = self.terms[name].penalty
             unit = unit or getattr(penalty, "threat", None)
             repeats = repeats or getattr(penalty, "looks_elsewhere", True)
             places.append(penalty)
+            trains_start = trains_start or getattr(penalty, "trains_start", False)
         if not transformed:
             if inputs.x.grad_fn is not None:
                 raise RuntimeError(
@@ -325,7 +326,7 @@ class PenalizedLoss(nn.Module):
         return Batch(
             model, self.criterion, inputs, y, how, self.output, self._of_classes, self.inner_scale,
             index=index, look=look, checked=True, met=met, replay=replay, requests=Requests(replay, unit),
-            classes=known,
+            classes=known, trains_start=trains_start,
         )  # fmt: skip
 
     def _split(self, whole: Point) -> tuple[Point, Point]:
@@ -334,6 +335,11 @@ class PenalizedLoss(nn.Module):
         if count == len(whole.x):
             return whole, whole
         model_checks.check_samples_are_apart(whole.batch.model)
+        if self.at is not None and whole.batch.replay is not None and whole.batch.replay.drawn_from:
+            raise RuntimeError(
+                "PenalizedLoss: the model draws random numbers, and with a fraction the parts of the batch draw others "
+                "than the attack has met. Leave fraction=1."
+            )
         if coupled := [name for name, term in self.terms.items() if getattr(term.penalty, "of_batch", False)]:
             raise ValueError(
                 f"PenalizedLoss: term {coupled[0]!r} is of the whole batch, and of a part of it another function. "
@@ -415,6 +421,19 @@ def _check_settings(
         raise TypeError(
             f"PenalizedLoss: differentiation is DoubleBackward() or FiniteDifference(0.25), got {differentiation!r}."
         )
+
+
+def _measured_names(weights: Sequence[object], terms: Mapping[str, Term]) -> list[str]:
+    """What the weights see: raises where a name or a controller would stand for two things."""
+    if taken := {"loss", "start"} & terms.keys():
+        raise ValueError(
+            f"PenalizedLoss: a weight sees what was measured, and {min(taken)!r} is the loss there: give the term "
+            "another name."
+        )
+    controllers = [weight for weight in weights if isinstance(weight, Controller)]
+    if len(set(controllers)) < len(controllers):
+        raise ValueError("PenalizedLoss: a controller of two terms would move twice a step. Give each one of its own.")
+    return ["loss", "start", *terms]
 
 
 def _wrong_shape(name: str, values: object, x: Tensor) -> ValueError:

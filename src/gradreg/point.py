@@ -22,8 +22,9 @@ from gradreg.trees import Inputs, detached, joined, taken, usable
 Model = Callable[..., Any]
 ScoreOf = ClassSelector | Callable[[Any], Tensor] | None  # None for the loss
 
-# Of the models that were asked, by mode: whether the samples of a batch do not see each other.
-_apart: "weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]]" = weakref.WeakKeyDictionary()
+# By model, criterion and mode: whether the samples of a batch do not see each other.
+_apart: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[Criterion, dict[bool, bool]]]"
+_apart = weakref.WeakKeyDictionary()
 
 
 @final
@@ -43,6 +44,7 @@ class Batch:
     look: bool = False  # whether values may be looked at
     checked: bool = False  # whether an objective has seen to it that x, radii and bounds are in one unit
     met: Any = None  # what the objective knows of the model
+    trains_start: bool = False  # whether what an attack of one step computes where it starts is to be trained, too
     replay: Replay | None = None  # makes every pass one function; without it they draw numbers of their own
     requests: Requests = field(default_factory=Requests)
     classes: list[tuple[ClassSelector | None, Tensor]] = field(default_factory=list)  # chosen; or given, under None
@@ -92,6 +94,7 @@ class Point:
     counts: bool
     known: dict[Hashable, Any]
     leaf: Tensor  # the tensor whose gradient is taken, once the pass has run
+    freed: bool = False  # whether the graph is gone that what is known hangs on
     moved_from: "Point | None" = None  # the clean point, where an attack has moved the batch
     first_step: "FirstStep | None" = None  # what that attack found where it started
     _slopes: list[tuple[ScoreOf, bool, Tensor]]
@@ -154,23 +157,28 @@ class Point:
         if clean is None:
             return None
         origin = self.once("origin", lambda: self.at(clean.x))
-        if "logits" in clean.known:  # those of an attack that has begun there, whose graph is gone
-            origin.known.setdefault("constant logits", clean.known["logits"])
+        if "constant logits" in clean.known:  # those of an attack that has begun there, whose graph is gone
+            origin.known.setdefault("constant logits", clean.known["constant logits"])
         return origin
 
     @property
     def logits(self) -> Any:
         """The model's output, with its graph."""
+        if self.freed:
+            self.release()
         if "logits" not in self.known:
             self.known["logits"] = self._run()
         return self.known["logits"]
 
     def constant_logits(self) -> Any:
         """The model's output without a graph, from a pass without one unless there has been one with it."""
-        if "logits" in self.known and "constant logits" not in self.known:
+        if "logits" in self.known:
             return detached(self.known["logits"])
+        return self.once("constant logits", self._without_graph)
+
+    def _without_graph(self) -> Any:
         with torch.no_grad():
-            return self.once("constant logits", lambda: detached(self._call(self.x.clone())[0]))
+            return detached(Point.of(self.batch, self.x, counts=False)._call(self.x.clone())[0])
 
     @property
     def losses(self) -> Tensor:
@@ -214,6 +222,11 @@ class Point:
 
     def at(self, z: Tensor, *, differentiable: bool = True, counts: bool = False) -> "Point":
         """The same samples at another input, a constant: another value of the same function; see :meth:`of`."""
+        if self.batch.checked and self.batch.replay is None:
+            raise RuntimeError(
+                "A penalty that says looks_elsewhere=False has asked for another point, where random numbers and "
+                "buffers would not be the same. Leave looks_elsewhere=True."
+            )
         return Point.of(self.batch, z.detach(), differentiable=differentiable, counts=counts)
 
     def losses_at(self, *inputs: Tensor) -> list[Tensor]:
@@ -233,14 +246,20 @@ class Point:
             return False
         if {"model", "criterion"} & replay.drawn_from.keys():  # then two copies of a sample would draw other numbers
             return False
-        known = _apart.setdefault(model, {})
+        known = _apart.setdefault(model, weakref.WeakKeyDictionary()).setdefault(self.batch.criterion, {})
         if model.training not in known and not in_transform():
-            rows = torch.arange(len(self.x), device=self.x.device).repeat(2)
-            with torch.no_grad():
-                twice = self.rows(rows).at(torch.cat([inputs[0], inputs[-1]]), differentiable=False).losses
-                once = torch.cat([self.at(z, differentiable=False).losses for z in (inputs[0], inputs[-1])])
-            known[model.training] = alike(once, twice)
+            known[model.training] = self._is_apart((inputs[0], inputs[-1]))
         return known.get(model.training, False)
+
+    def _is_apart(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the losses at two inputs are the same in one pass and in two."""
+        rows = torch.arange(len(self.x), device=self.x.device).repeat(2)
+        with torch.no_grad():
+            try:
+                twice = self.rows(rows).at(torch.cat(list(inputs)), differentiable=False).losses
+            except Exception:  # of a model that takes batches of one size
+                return False
+            return alike(torch.cat([self.at(z, differentiable=False).losses for z in inputs]), twice)
 
     def drawn(self, key: Hashable, draw: Callable[[], Tensor]) -> Tensor:
         """Random numbers of a penalty, drawn once for the batch, so that all its points and passes have the same."""
@@ -298,6 +317,7 @@ class Point:
                 return grad
         scale = self.batch.inner_scale
         grad = at_least_float32(self._differentiated(of, scale, create_graph, retain_graph=not last))
+        self.freed = last
         if scale != 1:
             grad = grad / scale
         if self.batch.look:
@@ -313,9 +333,10 @@ class Point:
         return grad
 
     def release(self) -> None:
-        """Free all graphs; what stays known is the logits, as a constant."""
-        self.known = {"logits": detached(self.known["logits"])} if "logits" in self.known else {}
-        self._slopes, self.leaf = [], self.x
+        """Free all graphs; what stays known is the logits, as a constant. Whoever asks for more runs the model anew."""
+        known = self.known
+        self.known = {"constant logits": detached(known["logits"])} if "logits" in known else {}
+        self._slopes, self.leaf, self.freed = [], self.x, False
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""
@@ -371,11 +392,13 @@ class FirstStep:
         start: The samples that it moves, where it started.
         gradient: Of what it raises, with respect to their input.
         rows: Which samples these are, where it moves only some; None for all.
+        evaluated: Whether the model was in evaluation mode.
     """
 
     start: Point
     gradient: Tensor
     rows: Tensor | None = None
+    evaluated: bool = False
 
     @property
     def x(self) -> Tensor:
@@ -390,7 +413,8 @@ class FirstStep:
     @property
     def losses(self) -> Tensor:
         """The losses there."""
-        return self.start.losses.detach()
+        known = self.start.known.get("losses")
+        return self.start.loss_of(self.logits) if known is None else known.detach()
 
 
 @final
@@ -418,7 +442,7 @@ class Parts(Point):
 
     def __init__(self, whole: Point, parts: Sequence[Point], rows: Sequence[Tensor]) -> None:
         vars(self).update(vars(Point.of(whole.batch, joined([part.x for part in parts], rows))))
-        self.parts, self._rows = parts, rows
+        self.parts, self.part_rows = parts, rows
 
     @property
     def losses(self) -> Tensor:
@@ -426,11 +450,11 @@ class Parts(Point):
 
     def at(self, z: Tensor, *, differentiable: bool = True, counts: bool = False) -> Point:
         parts = [part.at(z[rows], differentiable=differentiable, counts=counts) for part, rows in self._pairs()]
-        return Parts(self, parts, self._rows)
+        return Parts(self, parts, self.part_rows)
 
     def with_loss(self, criterion: Criterion, y: Any) -> Point:
         parts = [part.with_loss(criterion, taken(y, rows, len(self.x))) for part, rows in self._pairs()]
-        return Parts(super().with_loss(criterion, y), parts, self._rows)
+        return Parts(super().with_loss(criterion, y), parts, self.part_rows)
 
     def losses_at(self, *inputs: Tensor) -> list[Tensor]:
         return [self.at(z, differentiable=False).losses for z in inputs]
@@ -438,21 +462,24 @@ class Parts(Point):
     def logits_at(self, z: Tensor, rows: Tensor | None = None) -> Any:
         if rows is not None and len(rows) < len(self.x):
             return super().logits_at(z, rows)
-        return joined([part.logits_at(z[of_part]) for part, of_part in self._pairs()], self._rows)
+        return joined([part.logits_at(z[of_part]) for part, of_part in self._pairs()], self.part_rows)
 
     def score(self, of: ScoreOf = None) -> Tensor:
         scores = [part.score(self._of_part(of, rows)) for part, rows in self._pairs()]
-        return joined(scores, self._rows)
+        return joined(scores, self.part_rows)
 
     def _run(self) -> Any:
         return self._joined(lambda part: part.logits)
+
+    def _without_graph(self) -> Any:
+        return self._joined(lambda part: part.constant_logits())
 
     def _differentiated(self, of: ScoreOf, scale: float, create_graph: bool, *, retain_graph: bool) -> Tensor:
         grads = [
             part._differentiated(self._of_part(of, rows), scale, create_graph, retain_graph=retain_graph)
             for part, rows in self._pairs()
         ]
-        return joined(grads, self._rows)
+        return joined(grads, self.part_rows)
 
     def _of_part(self, of: ScoreOf, rows: Tensor) -> ScoreOf:
         """A function of the logits of all samples, which may hold a number for each, as one of some of them."""
@@ -462,7 +489,7 @@ class Parts(Point):
         return lambda logits: of(others.index_copy(0, rows, logits))[rows]
 
     def _pairs(self) -> Iterator[tuple[Point, Tensor]]:
-        return zip(self.parts, self._rows, strict=True)
+        return zip(self.parts, self.part_rows, strict=True)
 
     def _joined(self, values_of: Callable[[Point], Any]) -> Any:
-        return joined([values_of(part) for part in self.parts], self._rows)
+        return joined([values_of(part) for part in self.parts], self.part_rows)

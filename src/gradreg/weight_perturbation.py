@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gradreg.modes import frozen_statistics
 
 
 @contextmanager
@@ -14,9 +17,10 @@ def adversarial_weights(model: nn.Module, loss: Tensor, gamma: float = 5e-3) -> 
     .. math:: w \leftarrow w + \gamma \|w\| \frac{\nabla_w \ell}{\|\nabla_w \ell\|}
 
     Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization" (NeurIPS 2020), with a ``gamma`` of
-    0.005 to 0.01. Norms are taken over each parameter of two or more dimensions; biases and the scales of
-    normalisations stay as they are. Call ``backward()`` inside and the optimiser's step outside. A step costs one
-    natural step more: the loss of the same images at both weights.
+    0.005 to 0.01. Norms are taken over each parameter of two or more dimensions; biases and the parameters of
+    normalisations stay as they are, and running statistics stand still inside. With several processes the slopes are
+    averaged over them, so that all have the same weights. Call ``backward()`` inside and the optimiser's step outside.
+    A step costs one natural step more: the loss of the same images at both weights.
 
     Args:
         model: The model whose weights move.
@@ -34,15 +38,21 @@ def adversarial_weights(model: nn.Module, loss: Tensor, gamma: float = 5e-3) -> 
         >>> with adversarial_weights(model, objective(model, x_adv, y).total):
         ...     objective(model, x_adv, y).total.backward()
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad and weight.ndim > 1]
-    slopes = torch.autograd.grad(loss, weights, allow_unused=True)
+    kinds = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+    still = {weight for module in model.modules() if isinstance(module, kinds) for weight in module.parameters()}
+    weights = [
+        weight for weight in model.parameters() if weight.requires_grad and weight.ndim > 1 and weight not in still
+    ]
+    slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
     kept = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, slope in zip(weights, slopes, strict=True):
-            if slope is not None:
-                weight.add_(slope * (gamma * weight.norm() / slope.norm().clamp(min=1e-30)))
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(slope)
+            weight.add_(slope * (gamma * weight.norm() / slope.norm().clamp(min=1e-30)))
     try:
-        yield
+        with frozen_statistics(model):
+            yield
     finally:
         with torch.no_grad():
             for weight, before in zip(weights, kept, strict=True):

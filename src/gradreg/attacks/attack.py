@@ -211,7 +211,7 @@ class LossAttack(Attack):
                 checks.check_labels(point.logits, batch.y, look=batch.look)
             of = partial(point.loss_of, criterion=criterion)
         # The graph of the step's own point is still needed.
-        grad = point.slope(of, create_graph=False, last=not point.counts)
+        grad = point.slope(of, create_graph=False, last=not (point.counts or point.batch.trains_start))
         if batch.look and not batch.checked and bool(grad.isnan().any()):
             raise RuntimeError(
                 "The gradient is NaN, so that there is nothing to ascend. Look at the model's logits on clean inputs."

@@ -94,8 +94,8 @@ class IteratedAttack(LossAttack):
         if search.first is not None:
             z, grad = search.first
             begin = Point.of(point.batch, z, counts=False)
-            begin.known["logits"] = point.known.pop("first logits")
-            point.known["first step"] = FirstStep(begin, grad)
+            begin.known["constant logits"] = point.known.pop("first logits")
+            point.known["first step"] = FirstStep(begin, grad, evaluated=self.mode == "eval")
             if isinstance(kept, RememberedStart) and point.batch.checked:
                 kept.learn(point, grad, self.threat)
         return search.result()

@@ -6,8 +6,9 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, distributed, nn
 
+from gradreg.gradients import in_transform
 from gradreg.point import Point
-from gradreg.threat_models import ThreatModel
+from gradreg.threat_models import ThreatModel, rows_of
 
 View = Callable[[Tensor, Tensor], Tensor]  # of perturbations and the numbers of their samples
 
@@ -93,30 +94,39 @@ class RememberedStart(nn.Module):
         """Take in the gradients of a batch, in evaluation mode nothing."""
         if not self.training:
             return
+        if in_transform() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "RememberedStart: a torch.func transform cannot change what is kept. Take the step eagerly, or put the "
+                "objective into evaluation mode."
+            )
         keys, slope = self._keys(point), gradient.detach()
         if self.views is not None:
             slope = self.views[1](slope, keys)
         slope = slope / slope.flatten(1).abs().sum(1).clamp(min=1e-30).view(-1, *[1] * (slope.ndim - 1))
         keys, slope = keys.to(self.kept.device), slope.to(self.kept)
         if self.per == "sample":
-            met, mean = keys, slope
+            met, present = keys, torch.ones_like(keys, dtype=torch.bool)
         else:
-            met, mean = self._means(keys, slope)
+            slope, met, present = self._means(keys, slope)
+            if rows_of(threat.eps, [0], point.x) is not threat.eps:
+                raise ValueError("RememberedStart: with a radius for each sample it can be kept for each sample alone.")
+        # What is not finite, or not in the batch, stays as it was.
+        present = (present & slope.flatten(1).isfinite().all(1)).view(-1, *[1] * (slope.ndim - 1))
         if self.slope is not None:
-            mean = self.slope[met] = self.momentum * self.slope[met] + mean
-        ball = threat.rows([0], point.x)  # one radius for all; a tensor of channels broadcasts
-        moved = ball.project(self.kept[met] + self.step * ball.maximizer(mean))
-        self.kept[met] = moved.to(self.kept)
+            slope = torch.where(present, self.momentum * self.slope[met] + slope, self.slope[met])
+            self.slope[met] = slope
+        moved = threat.project(self.kept[met] + self.step * threat.maximizer(slope)).to(self.kept)
+        self.kept[met] = torch.where(present, moved, self.kept[met])
 
-    def _means(self, keys: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes in the batch, and the mean slope of each, over all processes."""
+    def _means(self, keys: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean slope of each class over all processes, the classes, and which of them are in the batch."""
         total = torch.zeros_like(self.kept).index_add_(0, keys, slope)
         times = total.new_zeros(self.count).index_add_(0, keys, total.new_ones(len(keys)))  # waits for no device
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
             distributed.all_reduce(times)
         mean = total / times.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
-        return torch.arange(self.count, device=keys.device), mean
+        return mean, torch.arange(self.count, device=keys.device), times > 0
 
     def _keys(self, point: Point) -> Tensor:
         x, y, index = point.x, point.y, point.batch.index
@@ -128,11 +138,15 @@ class RememberedStart(nn.Module):
                     "RememberedStart: which samples these are is not known. Let the loader return their numbers, and "
                     "call objective(model, x, y, t, index=numbers)."
                 )
+            if point.batch.look and bool((index < 0).any()):
+                raise ValueError("RememberedStart: numbers of samples are at least 0.")
             return index
         if not isinstance(y, Tensor):
             raise ValueError(
                 f"RememberedStart: a start for each class needs labels of classes, got {type(y).__name__}."
             )
+        if y.ndim == 1 and y.is_floating_point():
+            raise ValueError(f"RememberedStart: labels are classes, of torch.int64; got {y.dtype}.")
         return y if y.ndim == 1 else y.argmax(1)
 
     def get_extra_state(self) -> dict[str, Tensor | None]:

@@ -160,7 +160,6 @@ class SaliencyAlignment(Penalty):
         tensor(True)
     """
 
-    looks_elsewhere: ClassVar[bool] = False
     why_undefined: ClassVar[str] = "their gradient or their map is 0"
 
     target: Callable[[Point], Tensor]
@@ -179,14 +178,13 @@ class SaliencyAlignment(Penalty):
         return ~(point.gradient(self.of).flatten(1).any(1) & self._maps(point).flatten(1).any(1))
 
     def _maps(self, point: Point) -> Tensor:
-        maps = self.target(point).detach().to(point.x.device)
-        try:
-            return maps.expand_as(point.x)
-        except RuntimeError:
+        maps, shape = self.target(point).detach().to(point.x.device), point.x.shape
+        if maps.ndim != len(shape) or any(own not in (1, size) for own, size in zip(maps.shape, shape, strict=True)):
             raise ValueError(
-                f"SaliencyAlignment: the maps have shape {tuple(maps.shape)}, which does not fit x, "
-                f"{tuple(point.x.shape)}."
-            ) from None
+                f"SaliencyAlignment: the maps have shape {tuple(maps.shape)}, which does not fit x, {tuple(shape)}. "
+                "One map for all channels has shape (B, 1, H, W)."
+            )
+        return maps.expand_as(point.x)
 
 
 @final
@@ -237,6 +235,6 @@ class GradientAlignment(RandomPenalty):
         return ~(here & there)
 
     def _gradients(self, point: Point) -> tuple[Tensor, Tensor]:
-        noisy = point.once((id(self), "noisy"), lambda: point.at(point.x + self._noise(point, self.threat)))
+        noisy = point.once((self, "noisy"), lambda: point.at(point.x + self._noise(point, self.threat)))
         here = point.gradient(constant=self.detach == "clean")
         return here, noisy.gradient(constant=self.detach == "noisy")

@@ -1,19 +1,25 @@
 """How much the gradient of the loss turns: CURE, and the Hessian's norm."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
 from gradreg.differentiation import DoubleBackward
 from gradreg.gradients import in_transform
+from gradreg.graphs import new_nodes
 from gradreg.penalties.penalty import Penalty, RandomPenalty
-from gradreg.point import Point
+from gradreg.point import Parts, Point
 from gradreg.threat_models import L2, ThreatModel, at_least_float32, length, unit
+from gradreg.trees import joined, tensors_in
 
 
 def hessian_product(point: Point, direction: Tensor, *, create_graph: bool = True) -> Tensor:
@@ -35,7 +41,15 @@ def hessian_product(point: Point, direction: Tensor, *, create_graph: bool = Tru
     how = point.batch.differentiation
     if in_transform() or not (how.second_order or how.constant):
         raise RuntimeError("A Hessian needs DoubleBackward(), outside of transforms and compiled regions.")
-    there = point if how.second_order else point.once("twice", lambda: _unfused(point))
+    if isinstance(point, Parts):
+        parts = zip(point.parts, point.part_rows, strict=True)
+        products = [hessian_product(part, direction[rows], create_graph=create_graph) for part, rows in parts]
+        return joined(products, point.part_rows)
+    there = point
+    if how.constant:
+        there = point.once("unfused", lambda: _once_more(point, sdpa_kernel(SDPBackend.MATH)))
+    elif create_graph and point.once("has layer norm", lambda: _has_layer_norm(point)):
+        there = point.once("written out", lambda: _once_more(point, _WrittenOut()))
     grad = there.slope(create_graph=True)
     if not grad.requires_grad:  # a loss linear in x
         return torch.zeros_like(direction)
@@ -44,13 +58,43 @@ def hessian_product(point: Point, direction: Tensor, *, create_graph: bool = Tru
     return torch.autograd.grad(along, [there.leaf], create_graph=create_graph and how.second_order, **options)[0]
 
 
-def _unfused(point: Point) -> Point:
-    """The point by a pass of its own, without fused attention, which has no second derivative."""
+def _once_more(point: Point, inside: AbstractContextManager[Any]) -> Point:
+    """The point by a pass of its own: without fused attention, which has no second derivative, or written out."""
     batch = replace(point.batch, differentiation=DoubleBackward(fused=False))
     there = Point.of(batch, point.x, counts=False)
-    with sdpa_kernel(SDPBackend.MATH):
+    with inside:
         _ = there.logits
     return there
+
+
+def _has_layer_norm(point: Point) -> bool:
+    """Whether PyTorch's LayerNorm is in the graph, whose third derivative takes the statistics for constants."""
+    roots = [logits.grad_fn for logits in tensors_in(point.logits)]
+    return any(node.name().startswith("NativeLayerNorm") for node in new_nodes(roots, ()))
+
+
+class _WrittenOut(TorchFunctionMode):
+    """LayerNorm by its formula, which has all derivatives."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.layer_norm, torch.layer_norm):
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    normalized = tuple(range(input.ndim - len(normalized_shape), input.ndim))
+    centred = input - input.mean(normalized, keepdim=True)
+    normal = centred * (centred.square().mean(normalized, keepdim=True) + eps).rsqrt()
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
 
 
 @final

@@ -47,7 +47,7 @@ class JacobianPenalty(RandomPenalty):
     which is K / 4 of the cross-Lipschitz penalty of Hein & Andriushchenko, "Formal Guarantees on the Robustness of a
     Classifier against Adversarial Manipulation" (NeurIPS 2017). It takes no labels.
 
-    One projection costs 2 natural steps. Each further one costs two thirds of a step, and so does each of the K rows.
+    One projection costs 2 natural steps, and each further one, as each of the K rows, one more.
 
     Attributes:
         projections: How many random directions, or ``"exact"``.
@@ -82,7 +82,7 @@ class JacobianPenalty(RandomPenalty):
         return f"{'centred ' if self.centred else ''}Jacobian, {self.projections} projections"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
-        scores = point.once((id(self), "projections"), lambda: self._scores(point))
+        scores = point.once((self, "projections"), lambda: self._scores(point))
         squares = [point.gradient(of).square().flatten(1).sum(1) for of in scores]
         return 0.5 * torch.stack(squares).sum(0)
 
@@ -98,7 +98,7 @@ class JacobianPenalty(RandomPenalty):
         if self.projections == "exact":
             rows = torch.eye(classes, dtype=logits.dtype, device=logits.device)
             return [_Projection(row.expand_as(logits)) for row in (rows - 1 / classes if self.centred else rows)]
-        drawn = point.drawn((id(self), "directions"), lambda: self._normal(point, logits)).to(logits.dtype)
+        drawn = point.drawn((self, "directions"), lambda: self._normal(point, logits)).to(logits.dtype)
         if self.centred:
             drawn = drawn - drawn.mean(2, keepdim=True)
         scale = ((classes - self.centred) / self.projections) ** 0.5

@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradreg import checks
 from gradreg.attacks import Search, grad_enabled
 from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
 from gradreg.noise import generator_of
 from gradreg.penalties.penalty import RandomPenalty
 from gradreg.point import Point
-from gradreg.threat_models import Bounds, ThreatModel, at_least_float32
+from gradreg.threat_models import Bounds, ThreatModel, at_least_float32, check_bounds_form
 
 
 @final
@@ -28,9 +29,10 @@ class LocalLinearity(RandomPenalty):
     2024), and Table A.2 of Rodríguez Muñoz (MIT 2024), at ``Linf(4 / 255)``. It takes no gradient with respect to the
     input, so that it trains under any differentiation. Nothing is detached.
 
-    It is meant beside single-step adversarial training, with weights of 1,000 (eps up to 8/255) to 10,000 (squares of
-    small numbers); with :class:`gradreg.SpikeWeight` as its weight it is ELLE-A. It costs 4 natural steps: three
-    values, in one pass where samples are apart (:meth:`Point.losses_at`).
+    Its three passes run in float32, under autocast too. It is meant beside single-step adversarial training, with
+    weights of 1,000 (eps up to 8/255) to 10,000 (squares of small numbers); with :class:`gradreg.SpikeWeight` as its
+    weight it is ELLE-A. It costs 4 natural steps: three values, in one pass where samples are apart
+    (:meth:`Point.losses_at`).
 
     Attributes:
         threat: The ball.
@@ -56,10 +58,17 @@ class LocalLinearity(RandomPenalty):
         return f"local linearity error in {self.threat}"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
-        x, share = point.x, point.drawn((id(self), "share"), lambda: self._share(point))
+        if point.x.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"LocalLinearity: x is in {point.x.dtype}, in which differences of losses are mostly rounding. Keep "
+                "x and the weights in float32; under torch.autocast its passes are in float32."
+            )
+        x, share = point.x, point.drawn((self, "share"), lambda: self._share(point))
         first, second = (x + self._noise(point, self.threat, draw) for draw in (0, 1))
         between = torch.lerp(first, second, share.view(-1, *[1] * (x.ndim - 1)))
-        loss, start, end = map(at_least_float32, point.losses_at(between, first, second))
+        # In half precision such differences would be rounding and nothing else.
+        with torch.autocast(x.device.type, enabled=False):
+            loss, start, end = point.losses_at(between, first, second)
         # Differences first: those of neighbouring losses are free of rounding.
         error = (loss - start) - share * (end - start)
         return error.square() if self.squared else error.abs()
@@ -110,6 +119,8 @@ class WorstLocalLinearity(RandomPenalty):
     bounds: Bounds | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.bounds is not None:
+            check_bounds_form(self.bounds)
         if self.steps < 1 or not self.gradient_weight >= 0:
             raise ValueError(
                 f"WorstLocalLinearity: steps is at least 1 and gradient_weight at least 0, got {self.steps} and "
@@ -121,6 +132,11 @@ class WorstLocalLinearity(RandomPenalty):
         return f"worst local linearity error in {self.threat}"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        if torch.is_autocast_enabled(point.x.device.type):
+            checks.warn(
+                "WorstLocalLinearity: under autocast the differences of losses that it is made of are mostly rounding. "
+                "Take the step outside of autocast."
+            )
         grad, losses = point.gradient(), at_least_float32(point.losses)
         delta = self._worst(point, grad.detach(), losses.detach())
         rise = (delta * grad).flatten(1).sum(1)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradreg.attacks import FGSM, Attack, IteratedAttack
+from gradreg.attacks import FGSM, NFGSM, Attack, IteratedAttack
 from gradreg.checks import check_logits
 from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
 from gradreg.penalties.penalty import Penalty
@@ -23,13 +23,20 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # of the logits of reference an
 def _kl(reference: Tensor, moved: Tensor) -> Tensor:
     # From logarithms: a probability that underflows has a difference of logarithms that does not.
     log_p, log_q = reference.log_softmax(1), moved.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+    nothing = log_p == -torch.inf  # of logits that are masked: 0 log 0 is 0
+    return (log_p.exp() * (log_p.masked_fill(nothing, 0.0) - log_q.masked_fill(nothing, 0.0))).sum(1)
 
 
 def _jensen_shannon(reference: Tensor, moved: Tensor) -> Tensor:
-    logs = torch.stack([reference.log_softmax(1), moved.log_softmax(1)])
-    middle = torch.logsumexp(logs, 0) - logs.new_tensor(2.0).log()
-    return 0.5 * (logs.exp() * (logs - middle)).sum((0, 2))
+    p, q = reference.softmax(1), moved.softmax(1)
+    middle = ((p + q) / 2).clamp(min=torch.finfo(p.dtype).tiny).log()
+    return 0.5 * (_entropy(middle, p, reference) + _entropy(middle, q, moved))
+
+
+def _entropy(middle: Tensor, p: Tensor, logits: Tensor) -> Tensor:
+    """Of p relative to the middle."""
+    nothing = logits == -torch.inf
+    return (p * (logits.log_softmax(1).masked_fill(nothing, 0.0) - middle.masked_fill(nothing, 0.0))).sum(1)
 
 
 def _squared(reference: Tensor, moved: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def _nuclear(reference: Tensor, moved: Tensor) -> Tensor:
     """
     difference = reference.softmax(1) - moved.softmax(1)
     with torch.no_grad():
-        left, sizes, right = torch.linalg.svd(difference, full_matrices=False)
+        left, sizes, right = torch.linalg.svd(difference.nan_to_num(), full_matrices=False)
         kept = sizes > torch.finfo(sizes.dtype).eps * max(difference.shape) * sizes.amax()
         direction = (left * kept) @ right
     return (direction * difference).sum(1)
@@ -94,16 +101,17 @@ class LogitPairing(Penalty):
     the norm divided by the size of the batch, and it is refused for a part of a batch. It changes with the size of the
     batch and so with gradient accumulation and the number of GPUs.
 
-    Beyond what makes the other image a pairing costs one natural step; with the other image held constant a third, and
-    for ``"start"`` nothing.
+    Beyond what makes the other image a pairing costs one natural step, or two thirds of one for ``"start"``, whose
+    forward pass the attack has made already. With the other image held constant it costs a third, or nothing.
 
     Attributes:
         divergence: One of the above.
         at: The other image: an attack, made here; ``"clean"``, the image before the objective's attack moved it; or
-            ``"start"``, where that attack has started, whose logits it has computed already: :class:`gradreg.NFGSM`,
-            :class:`gradreg.FGSM` or :class:`gradreg.PGDAttack`.
-        detach: The side that is held constant: ``"reference"``, ``"moved"`` or None. At the ``"start"`` the reference
-            is always constant.
+            ``"start"``, where that attack has started: :class:`gradreg.NFGSM`, :class:`gradreg.FGSM` or
+            :class:`gradreg.PGDAttack`, of which the last has to run the model there once more.
+        detach: The side that is held constant: ``"reference"``, ``"moved"`` or None. A constant reference at the
+            ``"start"`` costs nothing, and with ``"logits"`` it did not train: both sides move together, and their
+            distance grows without end.
         weighted: Whether values are weighted by one minus the probability of the true class at the reference, as in
             MART (Wang et al., ICLR 2020), which differentiates that, too.
         attack_weight: What an attack raises: None for the divergence alone, from a reference that is held constant
@@ -136,8 +144,18 @@ class LogitPairing(Penalty):
             if value not in known and not isinstance(value, Attack):
                 raise ValueError(f"LogitPairing: expected one of {known}, got {value!r}.")
         at = self.at
-        still = isinstance(at, FGSM) or (isinstance(at, IteratedAttack) and not at.random_start)
-        if still and self.attack_weight is None and getattr(at, "criterion", None) is None:
+        if isinstance(at, str):
+            if self.attack_weight is not None:
+                raise ValueError(f'LogitPairing: attack_weight is of an attack made here, and at is "{at}".')
+            return
+        raises_divergence = self.attack_weight != 0 and getattr(at, "criterion", None) is None
+        if raises_divergence and getattr(at, "targeted", False):
+            raise ValueError(
+                "LogitPairing: a targeted attack lowers what it is given, and this is to raise a divergence."
+            )
+        still = isinstance(at, FGSM) or (isinstance(at, NFGSM) and not at.noise)
+        still |= isinstance(at, IteratedAttack) and not at.random_start
+        if still and self.attack_weight is None and raises_divergence and getattr(at, "start", None) is None:
             raise ValueError(
                 "LogitPairing: the attack starts at the reference, where the divergence is 0 and has no slope. Let it "
                 "start at noise (NFGSM, random_start=True), or raise the loss as well: attack_weight=1.0."
@@ -149,8 +167,18 @@ class LogitPairing(Penalty):
         return getattr(self.at, "threat", None)
 
     @property
+    def bounds(self) -> object:
+        """Those of the attack; None without one."""
+        return getattr(self.at, "bounds", None)
+
+    @property
     def of_batch(self) -> bool:
         return self.divergence == "nuclear"
+
+    @property
+    def trains_start(self) -> bool:
+        """Whether the pass with which the objective's attack has started is to be trained, too."""
+        return self.at == "start" and self.detach != "reference"
 
     @property
     def name(self) -> str:
@@ -169,11 +197,13 @@ class LogitPairing(Penalty):
             reference, moved = point.origin, point
         else:
             reference, moved = point, point.at(self._attacked(point, self.at), differentiable=False)
-        return self._between(_logits_of(reference, self.detach == "reference"),
-                             _logits_of(moved, self.detach == "moved"), point.y)  # fmt: skip
+        held = self.detach == "reference", self.detach == "moved"
+        return self._between(self._logits_of(reference, held[0]), self._logits_of(moved, held[1]), point.y)
 
     def _between(self, reference: Tensor, moved: Tensor, labels: Any) -> Tensor:
         values = DIVERGENCES[self.divergence](reference, moved)
+        if self.weighted and not isinstance(labels, Tensor):
+            raise ValueError(f"LogitPairing: weighted=True needs labels of classes, got a {type(labels).__name__}.")
         if self.weighted:
             values = values * (1 - class_scores(reference.softmax(1), true_class()(reference, labels)))
         return values
@@ -183,8 +213,13 @@ class LogitPairing(Penalty):
         step = point.first_step
         if step is None:
             raise _nothing_left("start", point)
-        moved = _logits_of(point, self.detach == "moved")
-        reference = at_least_float32(check_logits(step.logits))
+        if step.evaluated:
+            raise ValueError(
+                'LogitPairing: at="start" compares the network that trains with the one that was attacked, which '
+                'mode="eval" makes another one. Use mode="keep", or at="clean".'
+            )
+        moved = self._logits_of(point, self.detach == "moved")
+        reference = self._logits_of(step.start, self.detach == "reference")
         if step.rows is None:
             return self._between(reference, moved, point.y)
         values = self._between(reference, moved[step.rows], taken(point.y, step.rows, len(moved)))
@@ -195,7 +230,7 @@ class LogitPairing(Penalty):
         if self.attack_weight == 0 or getattr(attack, "criterion", None) is not None:
             return attack.perturb(point)
         divergence, weight, loss_of = DIVERGENCES[self.divergence], self.attack_weight, point.batch.criterion
-        reference = _logits_of(point, constant=True)
+        reference = self._logits_of(point, constant=True)
         if weight is None:
             y: Any = reference
             criterion = lambda logits, known: divergence(known, at_least_float32(logits))  # noqa: E731
@@ -204,12 +239,14 @@ class LogitPairing(Penalty):
             criterion = lambda logits, y: loss_of(logits, y[0]) + weight * divergence(y[1], at_least_float32(logits))  # noqa: E731
         return attack.perturb(point.with_loss(criterion, y))
 
-
-def _logits_of(point: Point, constant: bool) -> Tensor:
-    logits = at_least_float32(check_logits(point.constant_logits() if constant else point.logits))
-    if logits.ndim != 2:
-        raise ValueError(f"LogitPairing needs logits of shape (B, K), got shape {tuple(logits.shape)}.")
-    return logits
+    def _logits_of(self, point: Point, constant: bool) -> Tensor:
+        logits = at_least_float32(check_logits(point.constant_logits() if constant else point.logits))
+        if logits.ndim != 2 or (logits.shape[1] < 2 and self.divergence != "logits"):
+            raise ValueError(
+                f"LogitPairing needs logits of shape (B, K), K > 1, got shape {tuple(logits.shape)}. Of one logit "
+                '"logits" alone has a meaning.'
+            )
+        return logits
 
 
 def _nothing_left(which: str, point: Point) -> RuntimeError:

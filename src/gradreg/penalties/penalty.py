@@ -74,7 +74,7 @@ class RandomPenalty(Penalty):
 
     def _noise(self, point: Point, ball: ThreatModel, draw: int = 0) -> Tensor:
         """Noise uniform in the ball for every sample; another one for each number of a draw."""
-        return point.drawn((id(self), draw), lambda: noise_for(point.x, ball, self.seed, point.batch.index, draw))
+        return point.drawn((self, draw), lambda: noise_for(point.x, ball, self.seed, point.batch.index, draw))
 
 
 @final

@@ -1,6 +1,7 @@
 """LayerNorm, whose input gradient depends on the input."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class LayerNorm(Function):
         ctx: Any, shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         value, mean, rstd = _aten.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.shape = shape
+        ctx.shape, ctx.eps = shape, eps
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         return value
 
@@ -30,9 +31,12 @@ class LayerNorm(Function):
         to_x, to_weight, to_bias = asked_for(ctx)[2:]
         input_gradient = None
         if to_x and torch.is_grad_enabled():
-            input_gradient = _Slope.apply(ctx.shape, output_gradient, x, weight, mean, rstd)
+            input_gradient = _Slope.apply(ctx.shape, ctx.eps, output_gradient, x, weight, mean, rstd)
             to_x = False
         found: Gradients = (None, None, None)
+        if torch.is_grad_enabled() and (to_weight or to_bias):  # to be differentiated again
+            to_affine = composed(partial(_value_of_x, ctx.shape, ctx.eps), (x, weight, bias), output_gradient)
+            return None, None, input_gradient, *to_affine[1:]
         if to_x or to_weight or to_bias:
             inputs, mask = (output_gradient, x, ctx.shape, mean, rstd, weight, bias), (to_x, to_weight, to_bias)
             found = _aten.native_layer_norm_backward(*inputs, mask)
@@ -58,13 +62,14 @@ class _Slope(Function):
     def forward(
         ctx: Any,
         shape: Sequence[int],
+        eps: float,
         output_gradient: Tensor,
         x: Tensor,
         weight: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
     ) -> Tensor:
-        ctx.shape = shape
+        ctx.shape, ctx.eps = shape, eps
         ctx.save_for_backward(output_gradient, x, weight, mean, rstd)
         return _slope(shape, output_gradient, x, weight, mean, rstd)
 
@@ -74,8 +79,9 @@ class _Slope(Function):
         shape = ctx.shape
         if torch.is_grad_enabled():
             inputs = (output_gradient, x, weight)
-            return None, *composed(lambda a, b, c: _slope(shape, a, b, c, mean, rstd), inputs, v), None, None
-        _, to_output_gradient, to_x, to_weight, *_ = asked_for(ctx)
+            slope = partial(_slope_of_x, shape, ctx.eps)
+            return None, None, *composed(slope, inputs, v), None, None
+        _, _, to_output_gradient, to_x, to_weight, *_ = asked_for(ctx)
         leading = tuple(range(x.ndim - len(shape)))
         z = _slope(shape, v, x, None, mean, rstd)
         above = None
@@ -83,7 +89,7 @@ class _Slope(Function):
             above = z if weight is None else z * weight
         below = _curvature(shape, output_gradient, x, weight, mean, rstd, v, z) if to_x else None
         beside = (z * output_gradient).sum(leading) if to_weight else None
-        return None, above, below, beside, None, None
+        return None, None, above, below, beside, None, None
 
 
 def _curvature(
@@ -107,6 +113,25 @@ def _curvature(
     input_gradient = _slope(shape, output_gradient, x, weight, mean, rstd)
     with_v, with_weighted = along(v, normal), along(weighted, normal)
     return normal.mul_(along(v, input_gradient)).addcmul_(z, with_weighted).addcmul_(input_gradient, with_v)
+
+
+def _value_of_x(shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """LayerNorm, written out."""
+    normalized = tuple(range(x.ndim - len(shape), x.ndim))
+    centred = x - x.mean(normalized, keepdim=True)
+    normal = centred * (centred.square().mean(normalized, keepdim=True) + eps).rsqrt()
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
+
+
+def _slope_of_x(shape: Sequence[int], eps: float, output_gradient: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+    """The same, written out: PyTorch's third derivative takes mean and standard deviation for constants."""
+    normalized = tuple(range(x.ndim - len(shape), x.ndim))
+    centred = x - x.mean(normalized, keepdim=True)
+    rstd = (centred.square().mean(normalized, keepdim=True) + eps).rsqrt()
+    normal, weighted = centred * rstd, output_gradient if weight is None else output_gradient * weight
+    along = (weighted * normal).mean(normalized, keepdim=True)
+    return rstd * (weighted - weighted.mean(normalized, keepdim=True) - normal * along)
 
 
 def _slope(
