@@ -1,9 +1,9 @@
-"""Catastrophic overfitting, and the alarm that hears it: FGSM and N-FGSM training at a large radius on Fashion-MNIST.
+"""Catastrophic overfitting, and the alarm that hears it: single-step training at a large radius on Fashion-MNIST.
 
     python examples/collapse.py                # some minutes; a picture in results/collapse
 
-A small network with ReLU, eps 0.2. FGSM training collapses: accuracy under FGSM goes on rising while that under
-PGD falls to nothing. N-FGSM does not. What `CollapseAlarm` measures in the training step itself is drawn below.
+A small network with ReLU, eps 0.2: accuracy under one step goes on rising while that under PGD falls to nothing, unless
+the noise is large enough. What `CollapseAlarm` measures in the training step itself is drawn below the accuracies.
 """
 
 import argparse
@@ -24,7 +24,12 @@ from study.data import Data, load, numbers_of_batches
 from study.models import build
 
 THREAT = Linf(0.2)
-ATTACKS: dict[str, Attack] = {"FGSM": FGSM(THREAT), "N-FGSM": NFGSM(THREAT)}
+ATTACKS: dict[str, Attack] = {
+    "FGSM": FGSM(THREAT),
+    "N-FGSM": NFGSM(THREAT),
+    "N-FGSM, half": NFGSM(THREAT, share=0.5),
+    "N-FGSM, noise 2": NFGSM(THREAT, noise=2.0, bounds=None),
+}
 IMAGES = 500
 
 
@@ -75,7 +80,7 @@ def figure(runs: dict[str, dict[str, list[float]]]) -> Figure:
                 panel.axvline(first, color="0.3", linestyle=":", label="first warning")
             panel.grid(color="0.92")
             panel.spines[["top", "right"]].set_visible(False)
-        above.set(title=f"trained with {name}")
+        above.set_title(name, fontsize=9)
         below.set(xlabel="step")
     handles = dict(pair[::-1] for panel in rows[:, 0] for pair in zip(*panel.get_legend_handles_labels(), strict=True))
     picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)

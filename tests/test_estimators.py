@@ -124,6 +124,7 @@ class TestFraction:
         assert relative_error(found, objective_gradient(_objective(), model, x, y)) == 0
         assert torch.equal(torch.get_rng_state(), state)
 
+    @pytest.mark.usefixtures("unchecked")  # whose checks draw random numbers, as a model may: that is refused
     def test_goes_with_noise_and_with_an_attack(self) -> None:
         """Equal samples without noise: whichever is drawn, loss and penalty are those of the whole batch."""
         model, (x, y) = make_model("conv"), make_batch(4)

@@ -13,13 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import gradreg
+import test_menu
 from gradreg import (
     L1,
     L2,
     EdgeAlignmentPenalty,
     GradientPenalty,
     GradNormPenalty,
+    HessianNorm,
     Linf,
+    NormalizedCurvature,
     Penalty,
     Point,
     ThreatModel,
@@ -417,8 +421,11 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def test_every_penalty_of_one_gradient_is_in_the_contract() -> None:
-    here = {kind for kind in Penalty.__subclasses__() if kind.__module__ == "gradreg.penalties"}
-    assert {type(penalty) for penalty, _ in PENALTIES.values()} == here
+    """And every other one in that of the menu, or of the statistics."""
+    ours = {kind for kind in vars(gradreg).values() if isinstance(kind, type) and issubclass(kind, Penalty)}
+    contracts = {type(penalty) for penalty, _ in PENALTIES.values()}
+    contracts |= {type(entry.penalty) for entry in test_menu.MENU.values()} | {HessianNorm, NormalizedCurvature}
+    assert contracts == ours - {Penalty}
 
 
 @pytest.mark.parametrize(("penalty", "function"), PENALTIES.values(), ids=PENALTIES)

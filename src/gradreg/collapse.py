@@ -9,6 +9,7 @@ from gradreg import checks
 from gradreg.controllers import KeptInFull
 from gradreg.gradients import in_transform
 from gradreg.point import Parts, Point
+from gradreg.threat_models import unit
 
 
 @final
@@ -23,7 +24,7 @@ class CollapseAlarm(KeptInFull):
       Overfitting Via Abnormal Adversarial Examples Regularization", NeurIPS 2023);
     * the cosine of the loss's gradients where the attack starts and where it ends, which falls to 0 as the loss curls
       up (Andriushchenko & Flammarion, "Understanding and Improving Fast Adversarial Training", NeurIPS 2020). The
-      second gradient comes from the backward pass of the training.
+      second gradient comes from the backward pass of the training, which then goes on to the image.
 
     Means over ``period`` steps are looked at when the period is over: one synchronisation. The warning holds both, with
     their best values before. State is in the objective's ``state_dict``.
@@ -105,8 +106,8 @@ class CollapseAlarm(KeptInFull):
             leaf.register_hook(lambda grad: self._compare(step.gradient, grad if rows is None else grad[rows]))
 
     def _compare(self, start: Tensor, end: Tensor) -> None:
-        cosines = torch.cosine_similarity(start.flatten(1), end.detach().flatten(1).to(start.dtype), eps=1e-30)
-        self.sums[2] += cosines.float().mean()
+        # By directions of length 1: the gradient of a mean loss, scaled for half precision or not, has any size.
+        self.sums[2] += (unit(start) * unit(end.detach().to(start.dtype))).flatten(1).sum(1).mean()
         self.sums[3] += 1
 
     def _count(self) -> None:

@@ -183,9 +183,8 @@ class PenalizedLoss(nn.Module):
         """
         transformed, at = in_transform(), self.at
         measured, weights = None if self.measured is None else self._last_measured(transformed), {}
-        loss_weight = (
-            self.loss_weight if isinstance(self.loss_weight, _NUMBER) else scheduled(self.loss_weight, t, measured)
-        )
+        own = self.loss_weight
+        loss_weight = own if isinstance(own, _NUMBER) else scheduled(own, t, measured)
         for name, term in self.terms.items():
             weight = term.weight if isinstance(term.weight, _NUMBER) else scheduled(term.weight, t, measured)
             if isinstance(weight, Tensor) or weight:  # one that is a tensor is not looked at
@@ -195,12 +194,11 @@ class PenalizedLoss(nn.Module):
         where = point if at is None else at.move(point, differentiable=bool(weights) or self.alarm is not None)
         if point is not where:
             where.moved_from, where.first_step = point, point.known.pop("first step", None)
-            if (
-                point.known and not batch.trains_start
-            ):  # what an attack has computed at the clean input is not needed any more
+            if point.known and not batch.trains_start:  # what is known of the clean input is not needed any more
                 point.release()
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
-        loss, penalties = where.losses.mean(), dict[str, Tensor]()
+        loss = where.losses.mean()
+        penalties: dict[str, Tensor] = {}
 
         def total_of_terms() -> Tensor:
             total = loss_weight * loss

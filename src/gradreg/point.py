@@ -183,6 +183,8 @@ class Point:
     @property
     def losses(self) -> Tensor:
         """The criterion's value for every sample, ``(B,)``, with its graph."""
+        if self.freed:
+            self.release()
         if "losses" not in self.known:
             logits, batch = self.logits, self.batch
             if batch.of_classes:
@@ -242,11 +244,16 @@ class Point:
 
     def _samples_are_apart(self, inputs: Sequence[Tensor]) -> bool:
         model, replay = self.batch.model, self.batch.replay
+        if torch.compiler.is_compiling():  # which cannot look at what is remembered of other steps
+            return False
         if replay is None or "logits" not in self.known or not isinstance(model, nn.Module) or batch_norms(model):
             return False
         if {"model", "criterion"} & replay.drawn_from.keys():  # then two copies of a sample would draw other numbers
             return False
-        known = _apart.setdefault(model, weakref.WeakKeyDictionary()).setdefault(self.batch.criterion, {})
+        try:
+            known = _apart.setdefault(model, weakref.WeakKeyDictionary()).setdefault(self.batch.criterion, {})
+        except TypeError:  # of a criterion that cannot be remembered
+            return False
         if model.training not in known and not in_transform():
             known[model.training] = self._is_apart((inputs[0], inputs[-1]))
         return known.get(model.training, False)

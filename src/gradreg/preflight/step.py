@@ -131,11 +131,13 @@ def _above_0(weight: Any, t: float | None) -> float:
     """A weight that a schedule has at some time; one that has to be measured counts as 1."""
     if sees_two(weight):
         return 1.0
-    for time in (t, *_TIMES):
+    value = 0.0 if t is None else weight(t)
+    for time in _TIMES:
+        if value > 0:
+            return value
         with suppress(Exception):
-            if (value := weight(time)) > 0:
-                return value
-    return 1.0
+            value = weight(time)
+    return value or 1.0
 
 
 @contextmanager
