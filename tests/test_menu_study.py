@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-import menu
 import pytest
 import torch
 
 from gradreg import FGSM, Linf, PGDAttack
 
+import collapse
+import menu
 import study.menu
 from study import menu_report, points
 from study.data import Data
@@ -111,3 +112,14 @@ def test_differences_are_paired_and_flags_are_set() -> None:
     assert rows["PGD-3"][9:] == ["90.0", "60.0"]  # its equal compute is equal steps
     assert rows[menu_report.ANCHOR][6] == ""
     assert rows["FGSM"][8] == "1"
+
+
+def test_the_picture_of_a_collapse_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(512, 1, 28, 28, generator=generator), torch.arange(512) % 10
+    monkeypatch.setattr(collapse, "load", lambda split, folder: Data(x, y, x[:20], y[:20]))
+    collapse.main(["--steps", "5", "--every", "2", "--output", str(tmp_path)])
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert list(runs) == list(collapse.ATTACKS)
+    assert all(run["step"] == [2, 4] for run in runs.values())
+    assert (tmp_path / "collapse.png").stat().st_size > 10_000

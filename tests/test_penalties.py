@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradreg
-import test_menu
 from gradreg import (
     L1,
     L2,
@@ -40,6 +39,7 @@ from gradreg import (
 )
 
 import reference
+import test_menu
 from cases import CLASSES, make_batch, make_model, soft_labels
 from strategies import FLOATS, gradients, normals, powers_of_ten, radii
 
