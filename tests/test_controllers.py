@@ -215,6 +215,8 @@ def test_names_of_terms_are_not_those_of_the_loss_and_controllers_belong_to_one(
         with pytest.raises(ValueError, match="name"):
             PenalizedLoss(terms={name: Term(GradNormPenalty(BALL), SpikeWeight(name, 1.0))})
         PenalizedLoss(terms={name: Term(GradNormPenalty(BALL))})
+    with pytest.raises(ValueError, match="start"):
+        PenalizedLoss(terms={"a": Term(GradNormPenalty(BALL), ConvergenceWeight(3))})
     weight = SpikeWeight("a", 1.0)
     with pytest.raises(ValueError, match="controller"):
         PenalizedLoss(terms={"a": Term(GradNormPenalty(BALL), weight), "b": Term(GradNormPenalty(BALL), weight)})

@@ -624,6 +624,7 @@ def test_cost_follows_the_schedule_and_leaves_everything_as_it_was() -> None:
 def test_wrong_settings() -> None:
     for wrong in (
         lambda: LogitPairing("l7"),
+        lambda: LogitPairing(PGD),
         lambda: LogitPairing("kl", "elsewhere"),
         lambda: LogitPairing("kl", detach="both"),
         lambda: JacobianPenalty(0),
@@ -917,3 +918,17 @@ def test_clean_logits_are_those_that_a_pairing_has_computed() -> None:
     model, (x, y) = make_model("conv"), make_batch()
     out = PenalizedLoss(terms={"it": Term(LogitPairing("logits", "clean"))}, at=STEP)(model, x, y)
     torch.testing.assert_close(out.clean_logits, model(x))
+
+
+def test_beside_an_attack_gradalign_and_elle_are_those_of_the_clean_image() -> None:
+    model, (x, y) = make_model("conv"), make_batch()
+    for name in ("GradAlign", "GradAlign, both", "ELLE"):
+        for at in (FGSM(BALL), STEP):
+            entry = replace(MENU[name], at=at)
+            expected = MENU[name].formula(model, x, y, {})
+            torch.testing.assert_close(values(entry, model, x, y), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_more_classes_than_can_be_counted_are_refused() -> None:
+    with pytest.raises(ValueError, match="classes"):
+        PenalizedLoss(terms={"it": Term(JacobianPenalty("exact"))}).cost(classes=1000)

@@ -208,7 +208,7 @@ MENU: dict[str, Entry] = {
     "ConvergeSmooth": Entry(
         beside(n_fgsm, lambda threat: start_loss),
         (0.25, 0.5, 1.0),
-        keep=lambda weight: Kept(weight=ConvergenceWeight(429, weight=weight)),
+        keep=lambda weight: Kept(weight=ConvergenceWeight(100, weight=weight)),
         collapses=True,
     ),
     "GAT": Entry(
@@ -284,8 +284,6 @@ class Training:
     @property
     def cost(self) -> float:
         """Of a step, in natural steps, at most."""
-        if isinstance(self.kept.weight, ConvergenceWeight):  # at half of the steps or so; paid for as if at all
-            return 1 + PenalizedLoss(at=NFGSM(self.threat)).cost().natural_steps
         return self.objective.cost(0, shape=SHAPE).natural_steps
 
     def _made(self, share: float) -> PenalizedLoss:

@@ -30,7 +30,8 @@ class CollapseAlarm(KeptInFull):
     their best values before. State is in the objective's ``state_dict``.
 
     It needs an attack that starts somewhere and takes its step there: :class:`gradreg.NFGSM`, :class:`gradreg.FGSM`, or
-    :class:`gradreg.PGDAttack`. Inside a compiled step the cosine is not measured. It sees no collapse of a training
+    :class:`gradreg.PGDAttack`. The cosine is measured where the objective has no
+    penalties, and not inside a compiled step; else it is NaN. It sees no collapse of a training
     that has no such attack.
 
     Args:

@@ -103,8 +103,9 @@ class ConvergenceWeight(Controller):
     with :math:`\bar\ell` the mean over the last whole period. Zhao, Zhang, Kong & Yin, "Fast Adversarial Training with
     Smooth Convergence" (ICCV 2023), have an epoch as the period, :math:`\gamma` = 0.03 and w = 1, on the loss where the
     attack starts, and compare the loss of the step itself; here the weight follows one step later. The term to weigh is
-    that loss, as a function of a point: ``lambda point: point.at(point.first_step.x).losses``. It costs one natural
-    step, at the steps where the weight is not 0, and waits for the device at each.
+    that loss, as a function of a point: ``lambda point: point.at(point.first_step.x, differentiable=False).losses``,
+    for an attack that moves the whole batch. It costs one natural step, at the steps where the weight is not 0, and
+    waits for the device at each. In evaluation mode it is w.
 
     Args:
         period: Steps of an epoch.
@@ -134,8 +135,10 @@ class ConvergenceWeight(Controller):
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, t: float | None, measured: Measured) -> float:
+        if not self.training:
+            return self.factor
         value = float(measured[self.name])
-        if not math.isfinite(value) or not self.training:
+        if not math.isfinite(value):
             return 0.0
         away = value - float(self.mean)
         self.total.add_(value)

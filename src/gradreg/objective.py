@@ -16,7 +16,7 @@ from gradreg.controllers import Controller, Measured, Measurement
 from gradreg.criteria import Criterion, cross_entropy, is_classification
 from gradreg.differentiation import Differentiation, DoubleBackward, InputOnly, Requests
 from gradreg.gradients import in_transform
-from gradreg.passes import Cost, count
+from gradreg.passes import IN, Cost, count
 from gradreg.point import Batch, Model, Parts, Point
 from gradreg.replay import EagerReplay, TransformedReplay
 from gradreg.selectors import ClassSelector
@@ -140,7 +140,7 @@ class PenalizedLoss(nn.Module):
         self.loss_weight = loss_weight
         self.alarm = alarm
         weights = [loss_weight, *(term.weight for term in self.terms.values())]
-        self.measured = Measurement(_measured_names(weights, self.terms)) if any(map(sees_two, weights)) else None
+        self.measured = Measurement(_measured_names(weights, self.terms, at)) if any(map(sees_two, weights)) else None
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.fraction = fraction
         self.perturb = perturb
@@ -241,6 +241,8 @@ class PenalizedLoss(nn.Module):
             >>> round(cost.natural_steps, 2)
             1.33
         """
+        if classes > IN:
+            raise ValueError(f"PenalizedLoss.cost: passes are counted with at most {IN} classes, got {classes}.")
         cpu, starts = torch.device("cpu"), [part for part in self._parts if isinstance(part, RememberedStart)]
         shape = tuple(starts[0].kept.shape[1:] if starts else shape)
         tried = copy.copy(self)
@@ -421,7 +423,7 @@ def _check_settings(
         )
 
 
-def _measured_names(weights: Sequence[object], terms: Mapping[str, Term]) -> list[str]:
+def _measured_names(weights: Sequence[object], terms: Mapping[str, Term], at: Attack | None) -> list[str]:
     """What the weights see: raises where a name or a controller would stand for two things."""
     if taken := {"loss", "start"} & terms.keys():
         raise ValueError(
@@ -429,6 +431,10 @@ def _measured_names(weights: Sequence[object], terms: Mapping[str, Term]) -> lis
             "another name."
         )
     controllers = [weight for weight in weights if isinstance(weight, Controller)]
+    if at is None and any(getattr(controller, "name", None) == "start" for controller in controllers):
+        raise ValueError(
+            'PenalizedLoss: a weight watches "start", where an attack starts, and there is none: give at=....'
+        )
     if len(set(controllers)) < len(controllers):
         raise ValueError("PenalizedLoss: a controller of two terms would move twice a step. Give each one of its own.")
     return ["loss", "start", *terms]

@@ -195,12 +195,13 @@ class GradientAlignment(RandomPenalty):
     .. math:: R_b = 1 - \cos\bigl(\nabla\ell(x_b), \nabla\ell(x_b + \eta_b)\bigr)
 
     Andriushchenko & Flammarion, "Understanding and Improving Fast Adversarial Training" (NeurIPS 2020), with
-    :math:`\eta_b` uniform in the ball. It keeps single-step adversarial training from catastrophic overfitting. Its
-    weight at eps 8/255 is 0.2, at 16/255 it is 2.0 (CIFAR-10, beside FGSM). The paper's training differentiates both
-    gradients; its authors find that holding the one at the image constant, as this class does by default, makes no
-    substantial difference, and it costs less.
+    :math:`\eta_b` uniform in the ball, around the clean image also where the objective's attack has moved the batch. It
+    keeps single-step adversarial training from catastrophic overfitting. Its weight at eps 8/255 is 0.2, at 16/255 it
+    is 2.0 (CIFAR-10, beside FGSM). The paper's training differentiates both gradients; its authors find that holding
+    the one at the image constant, as this class does by default, makes no substantial difference, and it costs less.
 
-    Where a gradient is 0 the value is 1, with a zero gradient; the paper leaves such samples out.
+    Where a gradient is 0 the value is 1, with a zero gradient; the paper leaves such samples out. Beside the clean loss
+    it costs 3.33 natural steps, beside FGSM 4.
 
     Attributes:
         threat: The ball.
@@ -235,6 +236,7 @@ class GradientAlignment(RandomPenalty):
         return ~(here & there)
 
     def _gradients(self, point: Point) -> tuple[Tensor, Tensor]:
+        point = point.origin or point
         noisy = point.once((self, "noisy"), lambda: point.at(point.x + self._noise(point, self.threat)))
         here = point.gradient(constant=self.detach == "clean")
         return here, noisy.gradient(constant=self.detach == "noisy")

@@ -18,6 +18,7 @@ from gradreg.gradients import in_transform
 from gradreg.graphs import new_nodes
 from gradreg.penalties.penalty import Penalty, RandomPenalty
 from gradreg.point import Parts, Point
+from gradreg.second_derivatives import layer_norm_by_formula
 from gradreg.threat_models import L2, ThreatModel, at_least_float32, length, unit
 from gradreg.trees import joined, tensors_in
 
@@ -90,11 +91,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    normalized = tuple(range(input.ndim - len(normalized_shape), input.ndim))
-    centred = input - input.mean(normalized, keepdim=True)
-    normal = centred * (centred.square().mean(normalized, keepdim=True) + eps).rsqrt()
-    normal = normal if weight is None else normal * weight
-    return normal if bias is None else normal + bias
+    return layer_norm_by_formula(normalized_shape, eps, input, weight, bias)
 
 
 @final
@@ -153,7 +150,8 @@ class _PowerIteration(RandomPenalty):
         estimate: ``"norm"``, the length of the last product, or ``"rayleigh"``, its share along the direction it was
             made from, as in the released code of the thesis. Both tend to the largest absolute eigenvalue from below;
             the second does not where two of opposite sign are as large.
-        seed: Of the random direction, which depends on it and on the sample alone; None for another one at every call.
+        seed: Of the random direction, which depends on it and on the sample alone; None for another one for every
+            batch.
     """
 
     looks_elsewhere: ClassVar[bool] = False

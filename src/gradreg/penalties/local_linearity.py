@@ -29,10 +29,10 @@ class LocalLinearity(RandomPenalty):
     2024), and Table A.2 of Rodríguez Muñoz (MIT 2024), at ``Linf(4 / 255)``. It takes no gradient with respect to the
     input, so that it trains under any differentiation. Nothing is detached.
 
-    Its three passes run in float32, under autocast too. It is meant beside single-step adversarial training, with
-    weights of 1,000 (eps up to 8/255) to 10,000 (squares of small numbers); with :class:`gradreg.SpikeWeight` as its
-    weight it is ELLE-A. It costs 4 natural steps: three values, in one pass where samples are apart
-    (:meth:`Point.losses_at`).
+    It is taken around the clean image, also where the objective's attack has moved the batch. Its three passes run in
+    float32, under autocast too. It is meant beside single-step adversarial training, with weights of 1,000 (eps up to
+    8/255) to 10,000 (squares of small numbers); with :class:`gradreg.SpikeWeight` as its weight it is ELLE-A. It costs
+    4 natural steps: three values, in one pass where samples are apart (:meth:`Point.losses_at`).
 
     Attributes:
         threat: The ball.
@@ -58,6 +58,7 @@ class LocalLinearity(RandomPenalty):
         return f"local linearity error in {self.threat}"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
+        point = point.origin or point
         if point.x.dtype in (torch.float16, torch.bfloat16):
             raise TypeError(
                 f"LocalLinearity: x is in {point.x.dtype}, in which differences of losses are mostly rounding. Keep "

@@ -136,13 +136,11 @@ class LogitPairing(Penalty):
     attack_weight: float | None = None
 
     def __post_init__(self) -> None:
-        for value, known in (
-            (self.divergence, tuple(DIVERGENCES)),
-            (self.at, ("clean", "start")),
-            (self.detach, ("reference", "moved", None)),
-        ):
-            if value not in known and not isinstance(value, Attack):
-                raise ValueError(f"LogitPairing: expected one of {known}, got {value!r}.")
+        for setting, known in (("divergence", tuple(DIVERGENCES)), ("detach", ("reference", "moved", None))):
+            if getattr(self, setting) not in known:
+                raise ValueError(f"LogitPairing: {setting} is one of {known}, got {getattr(self, setting)!r}.")
+        if not isinstance(self.at, Attack) and self.at not in ("clean", "start"):
+            raise ValueError(f'LogitPairing: at is an attack, "clean" or "start", got {self.at!r}.')
         at = self.at
         if isinstance(at, str):
             if self.attack_weight is not None:

@@ -35,7 +35,7 @@ class LayerNorm(Function):
             to_x = False
         found: Gradients = (None, None, None)
         if torch.is_grad_enabled() and (to_weight or to_bias):  # to be differentiated again
-            to_affine = composed(partial(_value_of_x, ctx.shape, ctx.eps), (x, weight, bias), output_gradient)
+            to_affine = composed(partial(layer_norm_by_formula, ctx.shape, ctx.eps), (x, weight, bias), output_gradient)
             return None, None, input_gradient, *to_affine[1:]
         if to_x or to_weight or to_bias:
             inputs, mask = (output_gradient, x, ctx.shape, mean, rstd, weight, bias), (to_x, to_weight, to_bias)
@@ -115,8 +115,10 @@ def _curvature(
     return normal.mul_(along(v, input_gradient)).addcmul_(z, with_weighted).addcmul_(input_gradient, with_v)
 
 
-def _value_of_x(shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """LayerNorm, written out."""
+def layer_norm_by_formula(
+    shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """LayerNorm by its formula, which has all derivatives."""
     normalized = tuple(range(x.ndim - len(shape), x.ndim))
     centred = x - x.mean(normalized, keepdim=True)
     normal = centred * (centred.square().mean(normalized, keepdim=True) + eps).rsqrt()
@@ -125,7 +127,7 @@ def _value_of_x(shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | No
 
 
 def _slope_of_x(shape: Sequence[int], eps: float, output_gradient: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-    """The same, written out: PyTorch's third derivative takes mean and standard deviation for constants."""
+    """The input gradient by its formula: PyTorch's third derivative takes mean and standard deviation for constants."""
     normalized = tuple(range(x.ndim - len(shape), x.ndim))
     centred = x - x.mean(normalized, keepdim=True)
     rstd = (centred.square().mean(normalized, keepdim=True) + eps).rsqrt()
