@@ -1,4 +1,4 @@
-"""Catastrophic overfitting, and the alarm that hears it: single-step training at a large radius on Fashion-MNIST.
+"""Catastrophic overfitting, and the alarm that detects it: single-step training at a large radius on Fashion-MNIST.
 
     python examples/collapse.py                # some minutes; a picture in results/collapse
 
@@ -88,7 +88,7 @@ def figure(runs: dict[str, dict[str, list[float]]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train both, write the numbers and the picture."""
+    """Train all, write the numbers and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2401)
     parser.add_argument("--every", type=int, default=50)

@@ -927,6 +927,8 @@ def test_beside_an_attack_gradalign_and_elle_are_those_of_the_clean_image() -> N
             entry = replace(MENU[name], at=at)
             expected = MENU[name].formula(model, x, y, {})
             torch.testing.assert_close(values(entry, model, x, y), expected, rtol=1e-9, atol=1e-14)
+    cost = PenalizedLoss(at=FGSM(BALL), terms={"it": Term(GradientAlignment(BALL))}).cost()
+    assert tuple(cost) == (3, 4, 3, 1)  # FGSM's gradient is that of the clean image
 
 
 def test_more_classes_than_can_be_counted_are_refused() -> None:

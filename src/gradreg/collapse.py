@@ -20,8 +20,8 @@ class CollapseAlarm(KeptInFull):
     steps while that under the step rises (catastrophic overfitting; Wong, Rice & Kolter, "Fast is better than free",
     ICLR 2020). Two signs of it are known from the step itself, and cost no further pass:
 
-    * how many samples have a *lower* loss after the attack's step than before (Lin, Yu & Liu, "Eliminating Catastrophic
-      Overfitting Via Abnormal Adversarial Examples Regularization", NeurIPS 2023);
+    * the share of samples with a *lower* loss after the attack's step than before (Lin, Yu & Liu, "Eliminating
+      Catastrophic Overfitting Via Abnormal Adversarial Examples Regularization", NeurIPS 2023);
     * the cosine of the loss's gradients where the attack starts and where it ends, which falls to 0 as the loss curls
       up (Andriushchenko & Flammarion, "Understanding and Improving Fast Adversarial Training", NeurIPS 2020). The
       second gradient comes from the backward pass of the training, which then goes on to the image.
@@ -37,7 +37,12 @@ class CollapseAlarm(KeptInFull):
     Args:
         period: Steps between two looks.
         most_fallen: Share of samples whose loss falls from which on it warns.
-        least_cosine: Cosine below which it warns, as a share of the best one of any period before.
+        least_cosine: Cosine below which it warns, as a share of the best one of any period before. The defaults of both
+            are chosen on runs of `examples/collapse.py`, which collapse or do not.
+
+    Raises:
+        ValueError: If period is below 1; when called, if the attack runs in evaluation mode.
+        RuntimeError: When called, if the attack keeps no start, or inside a transform.
 
     Attributes:
         fallen: Share of samples whose loss fell, mean of the last period; NaN before the first is over.

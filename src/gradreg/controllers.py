@@ -46,7 +46,7 @@ class SpikeWeight(Controller):
 
     with mean and standard deviation over all steps before (Rocamora et al., "Efficient local linearity regularization
     to overcome catastrophic overfitting", ICLR 2024, in whose release k = 2, :math:`\gamma` = 0.99, and the peak 4,000
-    at every eps). It starts at 0.
+    at every eps). It starts at 0, and cannot jump before the fourth measurement.
 
     Args:
         name: Of the term whose mean is watched.

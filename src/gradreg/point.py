@@ -159,6 +159,7 @@ class Point:
         origin = self.once("origin", lambda: self.at(clean.x))
         if "constant logits" in clean.known:  # those of an attack that has begun there, whose graph is gone
             origin.known.setdefault("constant logits", clean.known["constant logits"])
+            origin._slopes = origin._slopes or list(clean._slopes)
         return origin
 
     @property
@@ -340,10 +341,11 @@ class Point:
         return grad
 
     def release(self) -> None:
-        """Free all graphs; what stays known is the logits, as a constant. Whoever asks for more runs the model anew."""
+        """Free all graphs; logits and gradients stay known as constants. Whoever asks for more runs the model anew."""
         known = self.known
         self.known = {"constant logits": detached(known["logits"])} if "logits" in known else {}
-        self._slopes, self.leaf, self.freed = [], self.x, False
+        self._slopes = [(of, False, grad.detach()) for of, _, grad in self._slopes]
+        self.leaf, self.freed = self.x, False
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed when a key is first asked for."""

@@ -116,7 +116,8 @@ class PGDAttack(IteratedAttack):
     Attributes:
         step_size: Length of a step in the units of eps. Default: ``2.5 * eps / steps``.
         start: Perturbations to which the noise of a random start is added: a tensor that broadcasts against x, or a
-            :class:`RememberedStart`. Inside an objective alone.
+            :class:`RememberedStart`. Used only inside a :class:`gradreg.PenalizedLoss`; an attack that is called
+            directly starts without it.
 
     Example:
         >>> from gradreg import Linf

@@ -105,7 +105,8 @@ class NFGSM(LossAttack):
     Attributes:
         noise: Size of the uniform noise in units of the ball; the paper has 2, without ``bounds``.
         start: Perturbations to which the noise is added: a tensor that broadcasts against x, or a
-            :class:`RememberedStart`. Inside an objective alone.
+            :class:`RememberedStart`. Used only inside a :class:`gradreg.PenalizedLoss`; an attack that is called
+            directly starts without it.
         share: The share of the samples that take the step, in (0, 1].
         seed: Makes the noise reproducible, see :func:`pgd`.
 

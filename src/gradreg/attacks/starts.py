@@ -39,7 +39,7 @@ class RememberedStart(nn.Module):
         per: ``"all"``, ``"class"`` or ``"sample"``.
         count: How many classes or samples there are.
         momentum: :math:`\mu`, in [0, 1).
-        step: :math:`\alpha`, in units of the threat model.
+        step: :math:`\alpha`, as a multiple of a full step to the boundary of the ball.
         device: Where it is kept. 50,000 images of 32x32 pixels in colour are 0.6 GB.
         views: Two functions of perturbations and the numbers of their samples: how the loader has cropped or flipped
             them, and back. The perturbation is kept as the image lies in the data set.

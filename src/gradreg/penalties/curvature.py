@@ -103,14 +103,14 @@ class Curvature(Penalty):
 
     Moosavi-Dezfooli, Fawzi, Uesato & Frossard, "Robustness via Curvature Regularization, and Vice Versa" (CVPR 2019).
     The step :math:`\delta_b` leads to where the loss rises most within the threat model, to first order, and is held
-    constant; both gradients are differentiated. Divided by the step's squared length it is that of the Hessian's
-    product with its direction.
+    constant; both gradients are differentiated. Divided by the squared length of the step, it is approximately the
+    squared norm of the Hessian times the step's direction.
 
-    The paper steps by h along the sign of the gradient, scaled to a Euclidean length of 1: for images of n values,
-    ``Linf(h / n**0.5)``, where no gradient is 0. On CIFAR-10, for eps 8/255, h rises to 1.5, which is
-    ``Linf(1.5 / 3072**0.5)``, 6.9/255, with a weight of 4, while a trained network is fine-tuned for 10 to 20 epochs.
-    The released code takes the gradients of the *mean* loss and does not square the norm: its weight depends on the
-    batch size, and is none to be used here.
+    The paper steps by h along the sign of the gradient, scaled to a Euclidean length of 1. For images of n values that
+    is ``Linf(h / n**0.5)``, unless some entries of the gradient are 0. On CIFAR-10, for eps 8/255, h rises to 1.5,
+    which is ``Linf(1.5 / 3072**0.5)``, 6.9/255, with a weight of 4, while a trained network is fine-tuned for 10 to 20
+    epochs. The released code takes the gradients of the *mean* loss and does not square the norm, so its weight depends
+    on the batch size and does not carry over. A step costs 4 natural steps.
 
     Attributes:
         threat: The step goes to the boundary of this ball: along the sign of the gradient for ``Linf``, along the
@@ -125,7 +125,7 @@ class Curvature(Penalty):
         0.00497
     """
 
-    unit: ClassVar[str] = "squared units of the loss per unit of pixel"
+    unit: ClassVar[str] = "squared loss per squared unit of pixel"
 
     threat: ThreatModel
 

@@ -39,7 +39,8 @@ class JacobianPenalty(RandomPenalty):
     Jakubovitz & Giryes, "Improving DNN Robustness to Adversarial Attacks using Jacobian Regularization" (ECCV 2018),
     who penalise the norm itself, not squared, in a phase after the training. Nothing is detached.
 
-    With ``centred=True`` the directions are orthogonal to 1, as adding a constant to all logits changes no decision:
+    With ``centred=True`` the directions are orthogonal to the vector of ones, as adding a constant to all logits
+    changes no decision:
 
     .. math:: R_b = \tfrac12 \|(I - \tfrac1K 11^\top) J_b\|_F^2 = \tfrac{K}{4} \cdot \tfrac{1}{K^2}
               \sum_{l,m} \|\nabla f_l - \nabla f_m\|_2^2
@@ -51,7 +52,7 @@ class JacobianPenalty(RandomPenalty):
 
     Attributes:
         projections: How many random directions, or ``"exact"``.
-        centred: Whether they are orthogonal to 1.
+        centred: Whether they are orthogonal to the vector of ones.
         seed: Of the directions, which depend on it and on the sample alone; None for others for every batch.
 
     Raises:

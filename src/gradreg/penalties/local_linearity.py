@@ -96,7 +96,7 @@ class WorstLocalLinearity(RandomPenalty):
     whose weights are :math:`\lambda = 4` and :math:`\mu = \lambda c = 3` (CIFAR-10, eps 8/255, beside the clean loss);
     its release has a clean loss of weight 2, :math:`\lambda = 4` and c = 0.3. The worst point is searched for by steps
     of gradient ascent from a random start (the release: ten steps of Adam) and held constant, as the gradient is during
-    the search. Everything else is differentiated.
+    the search. Everything else is differentiated. With two steps it costs 4.33 natural steps.
 
     Attributes:
         threat: The ball.

@@ -69,7 +69,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
 @final
 @dataclass(frozen=True, eq=False)
 class LogitPairing(Penalty):
-    r"""How far what the model says of a moved image is from what it says of a reference, :math:`D(f(x_b), f(z_b))`.
+    r"""Divergence between the model's predictions for two versions of an image, :math:`D(f(x_b), f(z_b))`.
 
     =============  ===================================================  ==============================================
     divergence     :math:`D(f, h)` with :math:`p, q` their softmax      as in
@@ -96,10 +96,11 @@ class LogitPairing(Penalty):
         >>> pairing = LogitPairing("kl", "clean", weighted=True)
         >>> mart = PenalizedLoss(boosted_cross_entropy, {"kl": Term(pairing, 5.0)}, at=attack)
 
-    The reference is the image that has moved less: where the penalty is taken for an attack from there, else the image
-    left behind. The values are those of each sample alone, but for ``"nuclear"``, which is of the batch: its mean is
-    the norm divided by the size of the batch, and it is refused for a part of a batch. It changes with the size of the
-    batch and so with gradient accumulation and the number of GPUs.
+    The *reference* is the point where the penalty is taken, if ``at`` is an attack; otherwise it is the clean image or
+    the attack's start, and the point where the penalty is taken is the *moved* image. The values, in nats for ``"kl"``
+    and ``"js"``, in squared logits for ``"logits"`` and without unit else, are those of each sample alone, but for
+    ``"nuclear"``, which is of the batch: its mean is the norm divided by the size of the batch, and it is refused for a
+    part of a batch. It changes with the size of the batch and so with gradient accumulation and the number of GPUs.
 
     Beyond what makes the other image a pairing costs one natural step, or two thirds of one for ``"start"``, whose
     forward pass the attack has made already. With the other image held constant it costs a third, or nothing.
@@ -119,8 +120,9 @@ class LogitPairing(Penalty):
             with a criterion of its own raises that.
 
     Raises:
-        ValueError: If a setting is unknown; if an attack that starts at the image itself is to raise the divergence,
-            which has no slope there.
+        ValueError: If a setting is unknown or has no effect; if an attack that is targeted, or starts at the image
+            itself, is to raise the divergence. When called, if logits are not of shape (B, K), if ``weighted`` has no
+            labels of classes, or at the ``"start"`` of an attack in evaluation mode.
         RuntimeError: When called, for ``"clean"`` or ``"start"`` in an objective whose ``at`` leaves no such image.
 
     Example:
