@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,6 +10,7 @@ from gradreg import (
     FGSM,
     L2,
     NFGSM,
+    Attack,
     CollapseAlarm,
     ConvergenceWeight,
     Curvature,
@@ -80,14 +82,14 @@ KINDS = {  # colours of Okabe and Ito
 }
 
 
-def pgd(threat: Linf, steps: int = 3, **options: object) -> PGDAttack:
+def pgd(threat: Linf, steps: int = 3, **options: Any) -> PGDAttack:
     """Some steps from noise, of 2/3 of the radius for three: the last point."""
-    return PGDAttack(threat, steps=steps, step_size=2 / steps * threat.eps, best=False, **options)  # type: ignore[arg-type]
+    return PGDAttack(threat, steps=steps, step_size=2 / steps * threat.eps, best=False, **options)
 
 
-def attacked(attack: Callable[[Linf, "Kept"], object]) -> Make:
+def attacked(attack: Callable[[Linf, "Kept"], Attack]) -> Make:
     """Adversarial training, whose weight is a factor of the radius."""
-    return lambda threat, weight, kept: PenalizedLoss(at=attack(threat.scaled(weight), kept), alarm=kept.alarm)  # type: ignore[arg-type]
+    return lambda threat, weight, kept: PenalizedLoss(at=attack(threat.scaled(weight), kept), alarm=kept.alarm)
 
 
 def penalty(of: Callable[[Linf], Callable[[Point], Tensor]], loss_weight: float = 1.0) -> Make:
@@ -95,10 +97,10 @@ def penalty(of: Callable[[Linf], Callable[[Point], Tensor]], loss_weight: float 
     return lambda threat, weight, kept: PenalizedLoss(terms={"it": Term(of(threat), weight)}, loss_weight=loss_weight)
 
 
-def beside(attack: Callable[[Linf, "Kept"], object], of: Callable[[Linf], Callable[[Point], Tensor]]) -> Make:
+def beside(attack: Callable[[Linf, "Kept"], Attack], of: Callable[[Linf], Callable[[Point], Tensor]]) -> Make:
     """A penalty beside the loss under an attack."""
     return lambda threat, weight, kept: PenalizedLoss(
-        at=attack(threat, kept),  # type: ignore[arg-type]
+        at=attack(threat, kept),
         terms={"it": Term(of(threat), kept.weight or weight)},
         alarm=kept.alarm,
     )
@@ -120,9 +122,9 @@ def scaleable(threat: Linf) -> Callable[[Point], Tensor]:
     return value
 
 
-def pairing(divergence: str, at: object, **options: object) -> Callable[[Point], Tensor]:
+def pairing(divergence: Any, at: Any, **options: Any) -> Callable[[Point], Tensor]:
     """Logits at two points."""
-    return LogitPairing(divergence, at, **options)  # type: ignore[arg-type]
+    return LogitPairing(divergence, at, **options)
 
 
 def start_loss(point: Point) -> Tensor:

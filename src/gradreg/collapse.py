@@ -9,7 +9,7 @@ from gradreg import checks
 from gradreg.controllers import KeptInFull
 from gradreg.gradients import in_transform
 from gradreg.point import Parts, Point
-from gradreg.threat_models import unit
+from gradreg.threat_models import cosine
 
 
 @final
@@ -113,7 +113,7 @@ class CollapseAlarm(KeptInFull):
 
     def _compare(self, start: Tensor, end: Tensor) -> None:
         # By directions of length 1: the gradient of a mean loss, scaled for half precision or not, has any size.
-        self.sums[2] += (unit(start) * unit(end.detach().to(start.dtype))).flatten(1).sum(1).mean()
+        self.sums[2] += cosine(start, end.detach().to(start.dtype)).mean()
         self.sums[3] += 1
 
     def _count(self) -> None:

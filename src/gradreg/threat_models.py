@@ -444,6 +444,11 @@ def unit(tensor: Tensor) -> Tensor:
     return (flat / size.where(size > 0, 1.0)).view_as(tensor)
 
 
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of every sample; that of a tensor of zeros counts as 0, with a zero gradient."""
+    return (unit(a) * unit(b)).flatten(1).sum(1)
+
+
 def _samples(tensor: Tensor) -> Tensor:
     """One row per sample."""
     return tensor.reshape(tensor.shape[0], -1)

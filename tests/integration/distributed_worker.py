@@ -174,10 +174,10 @@ def _normalising() -> nn.Module:
     return model
 
 
-def _at(at: Attack, make: Callable[[], nn.Module] = _model, *, outside: bool = False, **options: object) -> float:
-    """The loss where an attack goes; each rank draws numbers of its own, which one process then draws for each part."""
-    penalised = bool(options.pop("penalised", False))
-    objective = _objective(at=at) if penalised else PenalizedLoss(CRITERION, at=at)
+def _drawn_by_each_rank(
+    objective: PenalizedLoss, make: Callable[[], nn.Module], *, outside: bool, **options: object
+) -> float:
+    """Each rank draws numbers of its own, which one process then draws for each part."""
     x, y = _batch()
     model = make()
     wrapped = DistributedDataParallel(model if outside else PenalizedModel(model, objective), **options)
@@ -187,6 +187,13 @@ def _at(at: Attack, make: Callable[[], nn.Module] = _model, *, outside: bool = F
         out = objective(wrapped, _shard(x), _shard(y)) if outside else wrapped(_shard(x), _shard(y))
         out.total.backward()
     return _error(wrapped, _reference_by_parts(objective, make))
+
+
+def _at(at: Attack, make: Callable[[], nn.Module] = _model, *, outside: bool = False, **options: object) -> float:
+    """The loss where an attack goes; each rank draws numbers of its own, which one process then draws for each part."""
+    penalised = bool(options.pop("penalised", False))
+    objective = _objective(at=at) if penalised else PenalizedLoss(CRITERION, at=at)
+    return _drawn_by_each_rank(objective, make, outside=outside, **options)
 
 
 def _half_of_equal_samples(**options: object) -> float:
@@ -260,15 +267,7 @@ def _menu(
     ]
     terms = {penalty.name: Term(penalty) for penalty in penalties}
     objective = PenalizedLoss(CRITERION, terms, at=RECOMMENDED, differentiation=differentiation)
-    x, y = _batch()
-    model = make()
-    wrapped = DistributedDataParallel(model if outside else PenalizedModel(model, objective), **options)
-    for _ in range(3):
-        wrapped.zero_grad()
-        torch.manual_seed(dist.get_rank())
-        out = objective(wrapped, _shard(x), _shard(y)) if outside else wrapped(_shard(x), _shard(y))
-        out.total.backward()
-    return _error(wrapped, _reference_by_parts(objective, make))
+    return _drawn_by_each_rank(objective, make, outside=outside, **options)
 
 
 def _remembered(per: str) -> float:

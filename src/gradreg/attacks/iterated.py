@@ -58,8 +58,7 @@ class IteratedAttack(LossAttack):
     def for_evaluation(self, seed: int) -> "IteratedAttack":
         """The same search, in which fooled samples leave and the last point is scored by the evaluation alone."""
         own = self.seed if self.seed is not None else seed
-        changes: dict[str, Any] = {} if getattr(self, "start", None) is None else {"start": None}
-        return replace(self, early_stop=True, best=self.restarts > 1, seed=own, **changes)
+        return replace(self, early_stop=True, best=self.restarts > 1, seed=own)
 
     def scaled(self, factor: Eps) -> "IteratedAttack":
         return replace(self, threat=self.threat.scaled(factor))
@@ -83,10 +82,6 @@ class IteratedAttack(LossAttack):
         )  # fmt: skip
         look = self._check(point)
         search = Search(self._losses_at(point), x, self.threat, self.bounds, best=self.best, look=look)
-        kept = getattr(self, "start", None)
-        if start is None and kept is not None and point.batch.checked:
-            noise = noise_for(x, self.threat, self.seed, index) if self.random_start else torch.zeros_like(x)
-            start = start_of(kept, point) + noise
         for delta in search.starts(
             self.restarts, start=start, random_start=self.random_start, seed=self.seed, index=index
         ):
@@ -96,8 +91,6 @@ class IteratedAttack(LossAttack):
             begin = Point.of(point.batch, z, counts=False)
             begin.known["constant logits"] = point.known.pop("first logits")
             point.known["first step"] = FirstStep(begin, grad, evaluated=self.mode == "eval")
-            if isinstance(kept, RememberedStart) and point.batch.checked:
-                kept.learn(point, grad, self.threat)
         return search.result()
 
     @abstractmethod
@@ -138,6 +131,19 @@ class PGDAttack(IteratedAttack):
     def scaled(self, factor: Eps) -> "PGDAttack":
         step_size = None if self.step_size is None else times(self.step_size, factor)
         return replace(self, threat=self.threat.scaled(factor), step_size=step_size)
+
+    def for_evaluation(self, seed: int) -> "IteratedAttack":
+        return super(PGDAttack, replace(self, start=None)).for_evaluation(seed)
+
+    def _perturb(self, point: Point, index: Tensor | None, start: Tensor | None = None) -> Tensor:
+        if start is not None or self.start is None or not point.batch.checked:
+            return super()._perturb(point, index, start)
+        x = point.x
+        noise = noise_for(x, self.threat, self.seed, index) if self.random_start else torch.zeros_like(x)
+        z = super()._perturb(point, index, start_of(self.start, point) + noise)
+        if isinstance(self.start, RememberedStart):
+            self.start.learn(point, point.known["first step"].gradient, self.threat)
+        return z
 
     def _run(self, search: Search, start: Tensor) -> None:
         step_size = self.threat.eps * (2.5 / self.steps) if self.step_size is None else self.step_size

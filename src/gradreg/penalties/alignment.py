@@ -12,16 +12,11 @@ from gradreg.edges import oriented_energy
 from gradreg.penalties.penalty import EnergyFunction, Penalty, RandomPenalty
 from gradreg.point import Point
 from gradreg.selectors import ClassSelector, sampled_class, true_class
-from gradreg.threat_models import ThreatModel, at_least_float32, unit
+from gradreg.threat_models import ThreatModel, at_least_float32, cosine, unit
 
 Level = Literal["sample", "batch"]
 
 _FLAT = 1e-12  # what rounding leaves of the energy of a flat image
-
-
-def _one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of every sample; the cosine of a tensor of zeros counts as 0, with a zero gradient."""
-    return 1 - (unit(a) * unit(b)).flatten(1).sum(1)
 
 
 def edge_alignment(
@@ -76,7 +71,7 @@ def edge_alignment(
     edges = edges.where(largest > _FLAT, 0.0).expand_as(grad)
     if level == "batch":
         return 1 - len(grad) * (unit(grad[None]) * unit(edges[None]))[0].flatten(1).sum(1)
-    return _one_minus_cosine(grad, edges)
+    return 1 - cosine(grad, edges)
 
 
 @final
@@ -179,7 +174,7 @@ class SaliencyAlignment(Penalty):
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
         grad = point.gradient(self.of)
-        return _one_minus_cosine(grad.abs() if self.absolute else grad, self._maps(point).to(grad.dtype))
+        return 1 - cosine(grad.abs() if self.absolute else grad, self._maps(point).to(grad.dtype))
 
     def undefined(self, point: Point) -> Bool[Tensor, "B"]:
         return ~(point.gradient(self.of).flatten(1).any(1) & self._maps(point).flatten(1).any(1))
@@ -239,7 +234,7 @@ class GradientAlignment(RandomPenalty):
         return f"gradient alignment in {self.threat}"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
-        return _one_minus_cosine(*self._gradients(point))
+        return 1 - cosine(*self._gradients(point))
 
     def undefined(self, point: Point) -> Bool[Tensor, "B"]:
         here, there = (grad.flatten(1).any(1) for grad in self._gradients(point))
