@@ -3,10 +3,11 @@
     python examples/menu.py                    # all of it: some ten hours of one core; --shard 0/2 does half
     python examples/menu.py --report           # tables and figures from what there is
 
-For two networks and two radii every entry of `study/menu.py` is trained with three weights, and the one with the most
-robust accuracy on validation images is taken. With it and three seeds follow trainings of the compute of 500 steps of
-PGD-3, and of 500 steps, which are evaluated on the test images. Every run is a file; those that have one are not
-repeated. The entries whose starts remember follow for ten epochs, in one setting.
+For two networks and two radii every entry of `study/menu.py` is trained with three weights, or four if the best one is
+the largest or the smallest, and the one with the most robust accuracy on validation images is taken. With it and three
+seeds follow trainings of the compute of 500 steps of PGD-3, and of 500 steps, which are evaluated on the test images.
+Every run is a file; those that have one are not repeated. The entries whose starts remember follow for ten epochs, in
+one setting.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from gradreg.state import write_atomically
 from study import menu_report
 from study.data import Data, load, numbers_of_batches
 from study.menu import EQUAL_STEPS, LONG_ENTRIES, LONG_STEPS, MENU, Training, steps_of
-from study.models import build
+from study.models import build, quick
 from study.runs import Run, chunks, learning_rate, pack
 
 IMAGES = 1000
+MOST_WEIGHTS = 4
 LONG_SETTING = ("convnet", "0.1")
 EASY = {"FGSM": FGSM, "PGD-20": lambda threat: PGDAttack(threat, steps=20, seed=0)}
 SETTINGS = [("convnet", "0.1"), ("vit", "8/255"), ("convnet", "8/255"), ("vit", "0.1")]
@@ -66,7 +68,7 @@ def perform(run: Run, entry: str, weight: float, data: Data, bar: tqdm) -> dict[
 
 def train(run: Run, entry: str, weight: float, data: Data, bar: tqdm) -> tuple[nn.Module, Training]:
     """All entries see the same batches, and start from the same weights."""
-    model = build(run.net, "gelu", run.seed)
+    model = quick(build(run.net, "gelu", run.seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step / run.steps, start=0.0))
     training = Training(MENU[entry], weight, run.threat, warm_up=0.2 * run.steps)
@@ -85,8 +87,8 @@ def attacks_on(run: Run) -> tuple[Any, int]:
     """The attacks that a run is judged by, and on how many images."""
     if run.split == "validation":
         return {"APGD-CE": APGDAttack(run.threat, steps=50, seed=0)}, 500
-    thorough = TargetedAPGDAttack(run.threat, halving=True, seed=0)
-    return {"APGD-CE": APGDAttack(run.threat, seed=0), "APGD-T": thorough}, IMAGES
+    targeted = TargetedAPGDAttack(run.threat, steps=30, halving=True, seed=0)
+    return {"APGD-CE": APGDAttack(run.threat, seed=0), "APGD-T": targeted}, IMAGES
 
 
 def right(model: nn.Module, run: Run, data: Data, name: str) -> int:
@@ -114,7 +116,7 @@ class Study:
         for net, eps in SETTINGS:
             own = [entry for of_net, of_eps, entry in self.chains if (of_net, of_eps) == (net, eps)]
             for entry in own:
-                for weight in MENU[entry].weights:
+                for weight in self.weights(net, eps, entry):
                     yield Run(net, eps, self.steps[entry], method_of(entry, weight), 0, "validation"), entry, weight
             for seed in seeds:
                 for entry in own:
@@ -130,15 +132,30 @@ class Study:
                     weight = self.best(net, eps, entry)
                     yield Run(net, eps, LONG_STEPS, method_of(entry, weight), seed), entry, weight
 
+    def weights(self, net: str, eps: str, entry: str) -> Iterator[float]:
+        """The weights to try: those of the entry, and further ones as long as the best is the largest or smallest."""
+        yield from MENU[entry].weights
+        tried = sorted(MENU[entry].weights)
+        while 1 < len(tried) < MOST_WEIGHTS:
+            best = self._best_of(tried, net, eps, entry)
+            if best not in (tried[0], tried[-1]):
+                return
+            inner = tried[1] if best == tried[0] else tried[-2]
+            further = float(f"{best * best / inner:.3g}")
+            yield further
+            tried = sorted([*tried, further])
+
     def best(self, net: str, eps: str, entry: str) -> float:
         """The weight with the most robust accuracy on validation images; of two as good, the smaller one."""
+        return self._best_of(sorted(self.weights(net, eps, entry)), net, eps, entry)
 
+    def _best_of(self, weights: Sequence[float], net: str, eps: str, entry: str) -> float:
         def robust(weight: float) -> float:
             found = self.known(Run(net, eps, self.steps[entry], method_of(entry, weight), 0, "validation"))
             assert found is not None
             return found["robust"]
 
-        return max(MENU[entry].weights, key=robust)
+        return max(weights, key=robust)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -188,7 +188,7 @@ def test_preflight_tries_a_remembered_start() -> None:
     objective = PenalizedLoss(at=NFGSM(BALL, start=start))
     assert preflight(objective, model, x, y, index=torch.arange(5)).ok
     assert not preflight(objective, model, x, y).ok
-    assert not start.kept.any()
+    assert not start.perturbations.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -250,8 +250,8 @@ def test_the_start_of_each_sample_is_last_steps_projected_ascent() -> None:
         torch.testing.assert_close(out.x, x + kept + 0.1 * grad.sign(), rtol=1e-6, atol=1e-7)
         slope = 0.3 * slope + grad / grad.flatten(1).abs().sum(1).view(-1, 1, 1, 1)
         kept = (kept + 0.05 * slope.sign()).clamp(-0.1, 0.1).detach()
-        torch.testing.assert_close(start.kept[index].double(), kept, rtol=1e-6, atol=1e-7)
-    assert not start.kept[[2, 5, 6, 7]].any()
+        torch.testing.assert_close(start.perturbations[index].double(), kept, rtol=1e-6, atol=1e-7)
+    assert not start.perturbations[[2, 5, 6, 7]].any()
 
 
 def test_the_start_of_a_class_is_of_its_mean_gradient() -> None:
@@ -263,8 +263,10 @@ def test_the_start_of_a_class_is_of_its_mean_gradient() -> None:
     grad = input_gradient(cross_entropy(model(z), y), z)
     grad = grad / grad.flatten(1).abs().sum(1).view(-1, 1, 1, 1)
     for kind in (0, 2):
-        torch.testing.assert_close(start.kept[kind].double(), 0.1 * grad[y == kind].mean(0).sign(), rtol=1e-6, atol=0)
-    assert not start.kept[[1, 3]].any()
+        torch.testing.assert_close(
+            start.perturbations[kind].double(), 0.1 * grad[y == kind].mean(0).sign(), rtol=1e-6, atol=0
+        )
+    assert not start.perturbations[[1, 3]].any()
     out = PenalizedLoss(at=at)(model, x, soft_labels(y))
     assert (out.x - x).abs().max() <= 0.1 + 1e-9
 
@@ -275,8 +277,8 @@ def test_one_start_for_all_raises_the_loss_of_all() -> None:
     objective = PenalizedLoss(at=NFGSM(L2(1.0), noise=0.0, start=start, bounds=None))
     for _ in range(20):
         objective(model, x, y)
-    assert start.kept.norm() == pytest.approx(1.0, rel=1e-5)
-    assert cross_entropy(model(x + start.kept), y).mean() > cross_entropy(model(x), y).mean()
+    assert start.perturbations.norm() == pytest.approx(1.0, rel=1e-5)
+    assert cross_entropy(model(x + start.perturbations), y).mean() > cross_entropy(model(x), y).mean()
 
 
 def test_a_tensor_may_be_a_start() -> None:
@@ -293,13 +295,13 @@ def test_what_is_not_in_the_batch_or_not_finite_stays() -> None:
     start = RememberedStart((2, 6, 6), per="class", count=4, momentum=0.5, step=0.1)
     objective = PenalizedLoss(at=NFGSM(BALL, noise=0.0, start=start, bounds=None))
     objective(model, x, torch.tensor([0, 0, 0, 1, 1, 1]))
-    before = start.kept.clone()
+    before = start.perturbations.clone()
     objective(model, x, torch.tensor([2, 2, 2, 3, 3, 3]))
-    assert torch.equal(start.kept[:2], before[:2])
+    assert torch.equal(start.perturbations[:2], before[:2])
     point = Point(model, cross_entropy, x, torch.tensor([0, 0, 0, 1, 1, 1]))
-    start.learn(point, torch.full_like(x, torch.nan), BALL)
-    assert torch.equal(start.kept[:2], before[:2])
-    assert start.slope.isfinite().all()
+    start.update(point, torch.full_like(x, torch.nan), BALL)
+    assert torch.equal(start.perturbations[:2], before[:2])
+    assert start.momentum_buffer.isfinite().all()
 
 
 def test_a_radius_for_each_sample_is_kept_for_each_sample() -> None:
@@ -309,7 +311,7 @@ def test_a_radius_for_each_sample_is_kept_for_each_sample() -> None:
     for share in (1.0, 0.5):
         attack = NFGSM(Linf(radii), noise=0.0, start=start, bounds=None, share=share)
         PenalizedLoss(at=attack)(model, x, y, index=torch.arange(6))
-        assert (start.kept.flatten(1).abs().amax(1) <= radii.flatten() + 1e-7).all()
+        assert (start.perturbations.flatten(1).abs().amax(1) <= radii.flatten() + 1e-7).all()
     with pytest.raises(ValueError, match="each sample"):
         PenalizedLoss(at=NFGSM(Linf(radii), start=RememberedStart((2, 6, 6))))(model, x, y)
 
@@ -320,10 +322,10 @@ def test_a_start_inside_a_pairing_belongs_to_the_objective() -> None:
     objective = PenalizedLoss(terms={"kl": Term(LogitPairing("kl", NFGSM(BALL, start=start)))})
     objective.cost()
     objective.eval()(model, x, y)
-    assert not start.kept.any()
+    assert not start.perturbations.any()
     assert any(name.endswith("_extra_state") for name in objective.state_dict())
     objective.train()(model, x, y)
-    assert start.kept.any()
+    assert start.perturbations.any()
 
 
 def test_states_do_not_change_inside_a_transform() -> None:
@@ -349,10 +351,10 @@ def test_a_start_moves_with_the_crop_of_its_sample() -> None:
 
     model, (x, y) = make_model("conv"), make_batch(3)
     plain = RememberedStart((2, 6, 6), per="sample", count=3)
-    moved = RememberedStart((2, 6, 6), per="sample", count=3, views=(flipped, flipped))
+    moved = RememberedStart((2, 6, 6), per="sample", count=3, transforms=(flipped, flipped))
     for start in (plain, moved):
         PenalizedLoss(at=NFGSM(BALL, noise=0.0, start=start))(model, x, y, index=torch.arange(3))
-    torch.testing.assert_close(moved.kept, flipped(plain.kept, torch.arange(3)))
+    torch.testing.assert_close(moved.perturbations, flipped(plain.perturbations, torch.arange(3)))
 
 
 def test_starts_are_kept_in_training_alone_and_resume() -> None:
@@ -363,14 +365,14 @@ def test_starts_are_kept_in_training_alone_and_resume() -> None:
     model, (x, y), index = make_model("conv"), make_batch(), torch.arange(5)
     objective = make()
     objective(model, x, y, index=index)
-    resumed, before = saved_and_loaded(objective, make()), objective.at.start.kept.clone()
-    assert torch.equal(resumed.at.start.kept, before)
-    assert torch.equal(resumed.at.start.slope, objective.at.start.slope)
+    resumed, before = saved_and_loaded(objective, make()), objective.at.start.perturbations.clone()
+    assert torch.equal(resumed.at.start.perturbations, before)
+    assert torch.equal(resumed.at.start.momentum_buffer, objective.at.start.momentum_buffer)
     objective.eval()(model, x, y, index=index)
     objective.at(model, x, y)
     evaluate(model, [(x, y)], [objective.at], masking=0, progress=False)
     objective.cost()
-    assert torch.equal(objective.at.start.kept, before)
+    assert torch.equal(objective.at.start.perturbations, before)
     with pytest.raises(ValueError, match="shape"):
         RememberedStart((2, 6, 6), per="sample", count=4).set_extra_state(objective.at.start.get_extra_state())
 

@@ -58,7 +58,7 @@ class Entry:
 
     Attributes:
         make: The objective; its radius rises in the first fifth of the training, and with it what depends on it.
-        weights: That are tried on validation images.
+        weights: That are tried first on validation images.
         about: What the weight is.
         keep: What has a state, made of the weight.
         collapses: Whether its attack is one that training can overfit to, so that the alarm watches it.
@@ -200,10 +200,10 @@ MENU: dict[str, Entry] = {
     "FGSM": Entry(attacked(lambda threat, kept: FGSM(threat)), RADII, RADIUS, collapses=True),
     "FGSM-RS": Entry(attacked(fgsm_rs), RADII, RADIUS, collapses=True),
     "GradAlign": Entry(beside(lambda threat, kept: FGSM(threat), GradientAlignment), (0.05, 0.2, 0.8), collapses=True),
-    "ELLE": Entry(beside(lambda threat, kept: FGSM(threat), LocalLinearity), (100.0, 1000.0, 5000.0), collapses=True),
+    "ELLE": Entry(beside(lambda threat, kept: FGSM(threat), LocalLinearity), (1e3, 3e4, 1e6), collapses=True),
     "ELLE-A": Entry(
         beside(lambda threat, kept: FGSM(threat), LocalLinearity),
-        (100.0, 1000.0, 5000.0),
+        (1e3, 3e4, 1e6),
         keep=lambda weight: Kept(weight=SpikeWeight("it", weight)),
         collapses=True,
     ),

@@ -23,10 +23,11 @@ GAP = 8.0  # points of accuracy under PGD-20 over that under APGD, above which P
 INTRODUCTION = f"""# What each entry of the menu is worth
 
 Runs of `python examples/menu.py`; made from `runs.json` by its `--report`. Fashion-MNIST, 128 images a step. Every
-entry was trained with three weights and evaluated on 500 validation images (one seed, APGD-CE of 50 steps); the weight
-with the most robust accuracy is in the tables. *Equal compute*: as many steps as cost {BUDGET:.0f} natural steps, by
-`objective.cost()`. *Equal steps*: {EQUAL_STEPS}. Clean: 10,000 test images. Robust: the first 1,000 under APGD-CE and
-APGD-T (9 targets, dropped by halves); 95 % intervals are bootstraps of images and seeds together, and with three seeds
+entry was trained with three weights, or four if the best one was the largest or smallest, and evaluated on 500
+validation images (one seed, APGD-CE of 50 steps); the weight with the most robust accuracy is in the tables. *Equal
+compute*: as many steps as cost {BUDGET:.0f} natural steps, by `objective.cost()`. *Equal steps*: {EQUAL_STEPS}. Clean:
+10,000 test images. Robust: the first 1,000 under APGD-CE and APGD-T (9 targets, dropped by halves, 30 steps: on six
+networks the verdicts of 100 steps); 95 % intervals are bootstraps of images and seeds together, and with three seeds
 understate what training varies. *Over*: robust accuracy over that of the recommended objective, `NFGSM(threat,
 share=0.5)`, with the same seeds and images. *Gap*: accuracy under PGD-20 over robust accuracy, the smallest of the
 seeds; above {GAP:.0f} points it is flagged, as PGD then says little. *Collapse*: in how many seeds accuracy under

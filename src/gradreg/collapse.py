@@ -1,5 +1,6 @@
 """The alarm for catastrophic overfitting: training against one step that no longer is an attack."""
 
+import math
 from typing import final
 
 import torch
@@ -135,10 +136,15 @@ class CollapseAlarm(KeptInFull):
     def _look(self, falls: float, cosine: float, least_falls: float, best_cosine: float) -> None:
         if not (falls > self.most_fallen or cosine < self.least_cosine * best_cosine):  # no comparison of NaN is true
             return
+        evidence = f"over {self.period} steps it has lowered the loss of {100 * falls:.0f} % of the samples"
+        if not math.isnan(least_falls):
+            evidence += f" ({100 * least_falls:.0f} % at best before)"
+        if not math.isnan(cosine):
+            evidence += f", and the cosine between the gradients at its start and end is {cosine:.2f}"
+            if not math.isnan(best_cosine):
+                evidence += f" ({best_cosine:.2f} at best before)"
         checks.warn(
-            f"The attack of one step does not attack any more (catastrophic overfitting): over {self.period} steps it "
-            f"has lowered the loss of {100 * falls:.0f} % of the samples ({100 * least_falls:.0f} % at best before), "
-            f"and the cosine between the gradients at its start and end is {cosine:.2f} ({best_cosine:.2f} at best "
-            "before). Robust accuracy is falling, whatever the training loss says. Go back to a checkpoint from "
-            "before; then use more noise (NFGSM(noise=2.0, bounds=None)), a GradientAlignment term, or PGDAttack."
+            f"The attack of one step does not attack any more (catastrophic overfitting): {evidence}. Robust accuracy "
+            "is falling, whatever the training loss says. Go back to a checkpoint from before; then use more noise "
+            "(NFGSM(noise=2.0, bounds=None)), a GradientAlignment term, or PGDAttack."
         )

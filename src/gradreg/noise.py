@@ -1,6 +1,7 @@
 """Random numbers that belong to a sample: the same in any batch, order, process and on any device."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ def noise_for(
     if drawn:
         noise[rows] = torch.cat(drawn).to(x.device)
     return noise
+
+
+def draws_for(
+    draw: Callable[[torch.Generator | None], Tensor], seed: int, index: Tensor | None, count: int, stream: int
+) -> Tensor:
+    """What ``draw`` makes of every sample's generator, stacked, on the CPU; another stream, other numbers."""
+    positions = range(count) if index is None else index.tolist()
+    return torch.stack([draw(generator_of(seed, position, stream)) for position in positions])
 
 
 def generator_of(seed: int | None, position: int, restart: int) -> torch.Generator | None:

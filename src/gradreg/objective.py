@@ -20,7 +20,7 @@ from gradreg.passes import IN, Cost, count
 from gradreg.point import Batch, Model, Parts, Point
 from gradreg.replay import EagerReplay, TransformedReplay
 from gradreg.selectors import ClassSelector
-from gradreg.terms import Term, Weight, checked_weight, scheduled, sees_two
+from gradreg.terms import Term, Weight, checked_weight, needs_two_arguments, scheduled
 from gradreg.trees import Inputs, usable
 
 _NUMBER = (int, float)
@@ -140,7 +140,8 @@ class PenalizedLoss(nn.Module):
         self.loss_weight = loss_weight
         self.alarm = alarm
         weights = [loss_weight, *(term.weight for term in self.terms.values())]
-        self.measured = Measurement(_measured_names(weights, self.terms, at)) if any(map(sees_two, weights)) else None
+        see_measured = any(map(needs_two_arguments, weights))
+        self.measured = Measurement(_measured_names(weights, self.terms, at)) if see_measured else None
         self.differentiation = DoubleBackward() if differentiation is None else differentiation
         self.fraction = fraction
         self.perturb = perturb
@@ -193,7 +194,8 @@ class PenalizedLoss(nn.Module):
         point = Point.of(batch, batch.inputs.x, differentiable=bool(at or weights), counts=at is None)
         where = point if at is None else at.move(point, differentiable=bool(weights) or self.alarm is not None)
         if point is not where:
-            where.moved_from, where.first_step = point, point.known.pop("first step", None)
+            # Taken from the clean point, which would else hold a point that holds it.
+            where.moved_from, where.first_step, point.first_step = point, point.first_step, None
             if point.known and not batch.trains_start:  # what is known of the clean input is not needed any more
                 point.release()
         where, part = self._split(where) if weights and self.fraction < 1 else (where, where)
@@ -244,7 +246,7 @@ class PenalizedLoss(nn.Module):
         if classes > IN:
             raise ValueError(f"PenalizedLoss.cost: passes are counted with at most {IN} classes, got {classes}.")
         cpu, starts = torch.device("cpu"), [part for part in self._parts if isinstance(part, RememberedStart)]
-        shape = tuple(starts[0].kept.shape[1:] if starts else shape)
+        shape = tuple(starts[0].perturbations.shape[1:] if starts else shape)
         tried = copy.copy(self)
         tried._modules = {name: module for name, module in self._modules.items() if name != "criterion"}
         tried.criterion, tried._of_classes, tried.perturb, tried.output = cross_entropy, True, None, None

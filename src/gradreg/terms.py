@@ -42,7 +42,7 @@ class Term:
                 f"Term: a penalty is a function of a point, such as GradNormPenalty(Linf(4 / 255)); got "
                 f"{self.penalty!r}."
             )
-        if sees_two(self.penalty):
+        if needs_two_arguments(self.penalty):
             raise TypeError(
                 "Term: a penalty is a function of a point. Wrap a function of (grad, x): GradientPenalty(function)."
             )
@@ -54,8 +54,8 @@ class Term:
         return scheduled(self.weight, t, measured)
 
 
-def sees_two(function: object) -> bool:
-    """Whether a function cannot be called with one argument: a weight that does not is one of ``(t, measured)``."""
+def needs_two_arguments(function: object) -> bool:
+    """Whether a function needs two: a weight that does is one of ``(t, measured)``, a penalty that does is wrong."""
     if not callable(function) or isinstance(function, Controller):
         return callable(function)
     try:
@@ -71,7 +71,7 @@ def scheduled(weight: Weight, t: float | None, measured: Measured | None = None)
     """The value of a weight at step t."""
     if isinstance(weight, int | float):
         return weight
-    if sees_two(weight):
+    if needs_two_arguments(weight):
         return cast("Controller", weight)(t, {} if measured is None else measured)
     if t is None:
         raise ValueError("A weight is a schedule of the optimiser step; call objective(model, x, y, t=step).")

@@ -8,6 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gradreg.modes import frozen_statistics
+from gradreg.wrappers import in_process_group
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def adversarial_weights(model: nn.Module, loss: Tensor, gamma: float = 5e-3) -> 
     kept = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, slope in zip(weights, slopes, strict=True):
-            if distributed.is_available() and distributed.is_initialized():
+            if in_process_group():
                 distributed.all_reduce(slope)
             weight.add_(slope * (gamma * weight.norm() / slope.norm().clamp(min=1e-30)))
     try:

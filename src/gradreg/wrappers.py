@@ -3,9 +3,14 @@
 import weakref
 from typing import Any
 
-from torch import fx, nn
+from torch import distributed, fx, nn
 from torch._ops import OpOverload
 from torch.nn.parallel import DistributedDataParallel
+
+
+def in_process_group() -> bool:
+    """Whether ``torch.distributed`` runs, with one process or several."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -283,7 +283,7 @@ def _remembered(per: str) -> float:
                 objective(wrapped, x, y)
             else:
                 wrapped(_shard(x), _shard(y)).total.backward()
-        kept.append(start.kept)
+        kept.append(start.perturbations)
     return (kept[0] - kept[1]).abs().max().item()
 
 

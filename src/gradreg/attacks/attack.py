@@ -82,7 +82,7 @@ class Attack(ABC):
     def move(self, point: Point, *, differentiable: bool = True) -> Point:
         """The point to which the attack moves a batch, and where a training step is then taken.
 
-        What it has found where it started is left in ``point.known["first step"]``, a :class:`gradreg.point.FirstStep`.
+        What it has found where it started is left in ``point.first_step``, a :class:`gradreg.point.FirstStep`.
         Unless it has a criterion of its own, the attack raises the loss of the point. Its passes draw the same random
         numbers as the step's own pass.
 

@@ -90,7 +90,7 @@ class IteratedAttack(LossAttack):
             z, grad = search.first
             begin = Point.of(point.batch, z, counts=False)
             begin.known["constant logits"] = point.known.pop("first logits")
-            point.known["first step"] = FirstStep(begin, grad, evaluated=self.mode == "eval")
+            point.first_step = FirstStep(begin, grad, evaluated=self.mode == "eval")
         return search.result()
 
     @abstractmethod
@@ -142,7 +142,8 @@ class PGDAttack(IteratedAttack):
         noise = noise_for(x, self.threat, self.seed, index) if self.random_start else torch.zeros_like(x)
         z = super()._perturb(point, index, start_of(self.start, point) + noise)
         if isinstance(self.start, RememberedStart):
-            self.start.learn(point, point.known["first step"].gradient, self.threat)
+            assert point.first_step is not None
+            self.start.update(point, point.first_step.gradient, self.threat)
         return z
 
     def _run(self, search: Search, start: Tensor) -> None:

@@ -83,7 +83,7 @@ class FGSM(LossAttack):
         self._check(point)
         box = None if self.bounds is None else room(x, self.bounds)
         grad = self._slope(point)
-        whole.known["first step"] = FirstStep(point, grad, evaluated=self.mode == "eval")
+        whole.first_step = FirstStep(point, grad, evaluated=self.mode == "eval")
         return clamped_(x + self.threat.ascent(grad, torch.zeros_like(x), box), self.bounds)
 
 
@@ -179,8 +179,8 @@ class NFGSM(LossAttack):
                 bounds = rows_of(bounds[0], rows[0], z), rows_of(bounds[1], rows[0], z)
         there = point.at(noisy)
         grad = self._slope(there)
-        whole.known["first step"] = FirstStep(there, grad, rows[0] if rows else None, self.mode == "eval")
+        whole.first_step = FirstStep(there, grad, rows[0] if rows else None, self.mode == "eval")
         if isinstance(self.start, RememberedStart) and point.batch.checked:
-            self.start.learn(there, grad, threat)
+            self.start.update(there, grad, threat)
         moved = clamped_(noisy + threat.ascent(grad, noisy - x), bounds)
         return z.index_copy(0, rows[0], moved) if rows else moved, rows, point

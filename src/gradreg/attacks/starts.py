@@ -9,8 +9,9 @@ from torch import Tensor, distributed, nn
 from gradreg.gradients import in_transform
 from gradreg.point import Point
 from gradreg.threat_models import ThreatModel, rows_of
+from gradreg.wrappers import in_process_group
 
-View = Callable[[Tensor, Tensor], Tensor]  # of perturbations and the numbers of their samples
+Transform = Callable[[Tensor, Tensor], Tensor]  # of perturbations and the numbers of their samples
 
 
 @final
@@ -26,7 +27,7 @@ class RememberedStart(nn.Module):
     with v within, and :math:`\Pi` onto, the attack's threat model. For each sample that is the prior of FGSM-EP, and
     with momentum of FGSM-MEP (Jia et al., "Prior-Guided Fast Adversarial Training", ECCV 2022) and of ATTA (Zheng et
     al., CVPR 2020); for all samples a universal perturbation as in FGSM-UAP, for each class one as in LIET. None of
-    their releases moves the perturbation of a sample with its random crop or flip; ``views`` does.
+    their releases moves the perturbation of a sample with its random crop or flip; ``transforms`` does.
 
     Samples are told apart by their numbers in the data set: ``objective(model, x, y, t, index=numbers)``. What is kept
     is in the ``state_dict`` of the objective. It is no buffer: it stays on the device where it was made, and
@@ -41,8 +42,8 @@ class RememberedStart(nn.Module):
         momentum: :math:`\mu`, in [0, 1).
         step: :math:`\alpha`, as a multiple of a full step to the boundary of the ball.
         device: Where it is kept. 50,000 images of 32x32 pixels in colour are 0.6 GB.
-        views: Two functions of perturbations and the numbers of their samples: how the loader has cropped or flipped
-            them, and back. The perturbation is kept as the image lies in the data set.
+        transforms: Two functions of perturbations and the numbers of their samples: how the loader has cropped or
+            flipped them, and back. The perturbation is kept as the image lies in the data set.
 
     Raises:
         ValueError: If an argument is out of its range; when called, if there are no numbers of samples, or no classes.
@@ -52,7 +53,7 @@ class RememberedStart(nn.Module):
         >>> start = RememberedStart((4,), per="class", count=3)
         >>> objective = PenalizedLoss(at=NFGSM(Linf(0.1), noise=0.5, start=start))
         >>> _ = objective(torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 0, 0, 1, 1]))
-        >>> start.kept.abs().amax(1)
+        >>> start.perturbations.abs().amax(1)
         tensor([0.1000, 0.1000, 0.0000])
     """
 
@@ -65,7 +66,7 @@ class RememberedStart(nn.Module):
         momentum: float = 0.0,
         step: float = 1.0,
         device: torch.device | str | None = None,
-        views: tuple[View, View] | None = None,
+        transforms: tuple[Transform, Transform] | None = None,
     ) -> None:
         super().__init__()
         if per not in ("all", "class", "sample") or count < 1 or (per == "all" and count != 1):
@@ -75,22 +76,22 @@ class RememberedStart(nn.Module):
             )
         if not (0 <= momentum < 1 and step > 0):
             raise ValueError(f"RememberedStart: momentum is in [0, 1) and step above 0, got {momentum} and {step}.")
-        self.per, self.count, self.momentum, self.step, self.views = per, count, momentum, step, views
-        self.kept = torch.zeros(count, *shape, device=device)
-        self.slope = torch.zeros_like(self.kept) if momentum else None
+        self.per, self.count, self.momentum, self.step, self.transforms = per, count, momentum, step, transforms
+        self.perturbations = torch.zeros(count, *shape, device=device)
+        self.momentum_buffer = torch.zeros_like(self.perturbations) if momentum else None
 
     def forward(self, point: Point) -> Tensor:
         """The perturbations of a batch, of the shape of x."""
         keys = self._keys(point)
-        found = self.kept[keys.to(self.kept.device)].to(point.x)
+        found = self.perturbations[keys.to(self.perturbations.device)].to(point.x)
         if found.shape != point.x.shape:
             raise ValueError(
-                f"RememberedStart: made for samples of shape {tuple(self.kept.shape[1:])}, got "
+                f"RememberedStart: made for samples of shape {tuple(self.perturbations.shape[1:])}, got "
                 f"{tuple(point.x.shape[1:])}."
             )
-        return found if self.views is None else self.views[0](found, keys)
+        return found if self.transforms is None else self.transforms[0](found, keys)
 
-    def learn(self, point: Point, gradient: Tensor, threat: ThreatModel) -> None:
+    def update(self, point: Point, gradient: Tensor, threat: ThreatModel) -> None:
         """Take in the gradients of a batch, in evaluation mode nothing."""
         if not self.training:
             return
@@ -100,10 +101,10 @@ class RememberedStart(nn.Module):
                 "objective into evaluation mode."
             )
         keys, slope = self._keys(point), gradient.detach()
-        if self.views is not None:
-            slope = self.views[1](slope, keys)
+        if self.transforms is not None:
+            slope = self.transforms[1](slope, keys)
         slope = slope / slope.flatten(1).abs().sum(1).clamp(min=1e-30).view(-1, *[1] * (slope.ndim - 1))
-        keys, slope = keys.to(self.kept.device), slope.to(self.kept)
+        keys, slope = keys.to(self.perturbations.device), slope.to(self.perturbations)
         if self.per == "sample":
             met, present = keys, torch.ones_like(keys, dtype=torch.bool)
         else:
@@ -112,17 +113,17 @@ class RememberedStart(nn.Module):
                 raise ValueError("RememberedStart: with a radius for each sample it can be kept for each sample alone.")
         # What is not finite, or not in the batch, stays as it was.
         present = (present & slope.flatten(1).isfinite().all(1)).view(-1, *[1] * (slope.ndim - 1))
-        if self.slope is not None:
-            slope = torch.where(present, self.momentum * self.slope[met] + slope, self.slope[met])
-            self.slope[met] = slope
-        moved = threat.project(self.kept[met] + self.step * threat.maximizer(slope)).to(self.kept)
-        self.kept[met] = torch.where(present, moved, self.kept[met])
+        if self.momentum_buffer is not None:
+            slope = torch.where(present, self.momentum * self.momentum_buffer[met] + slope, self.momentum_buffer[met])
+            self.momentum_buffer[met] = slope
+        moved = threat.project(self.perturbations[met] + self.step * threat.maximizer(slope)).to(self.perturbations)
+        self.perturbations[met] = torch.where(present, moved, self.perturbations[met])
 
     def _means(self, keys: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mean slope of each class over all processes, the classes, and which of them are in the batch."""
-        total = torch.zeros_like(self.kept).index_add_(0, keys, slope)
+        total = torch.zeros_like(self.perturbations).index_add_(0, keys, slope)
         times = total.new_zeros(self.count).index_add_(0, keys, total.new_ones(len(keys)))  # waits for no device
-        if distributed.is_available() and distributed.is_initialized():
+        if in_process_group():
             distributed.all_reduce(total)
             distributed.all_reduce(times)
         mean = total / times.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
@@ -150,21 +151,22 @@ class RememberedStart(nn.Module):
         return y if y.ndim == 1 else y.argmax(1)
 
     def get_extra_state(self) -> dict[str, Tensor | None]:
-        return {"kept": self.kept, "slope": self.slope}
+        return {"perturbations": self.perturbations, "momentum": self.momentum_buffer}
 
     def set_extra_state(self, state: Any) -> None:
-        if state["kept"].shape != self.kept.shape or (state["slope"] is None) != (self.slope is None):
+        same_shape = state["perturbations"].shape == self.perturbations.shape
+        if not same_shape or (state["momentum"] is None) != (self.momentum_buffer is None):
             raise ValueError(
-                f"RememberedStart: what was saved is of shape {tuple(state['kept'].shape)}, this one of "
-                f"{tuple(self.kept.shape)}; or one of them has momentum and the other has none."
+                f"RememberedStart: what was saved is of shape {tuple(state['perturbations'].shape)}, this one of "
+                f"{tuple(self.perturbations.shape)}; or one of them has momentum and the other has none."
             )
-        self.kept.copy_(state["kept"])
-        if self.slope is not None:
-            self.slope.copy_(state["slope"])
+        self.perturbations.copy_(state["perturbations"])
+        if self.momentum_buffer is not None:
+            self.momentum_buffer.copy_(state["momentum"])
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"{tuple(self.kept.shape[1:])}, per={self.per!r}, count={self.count}, momentum={self.momentum}"
+        return f"{tuple(self.perturbations.shape[1:])}, per={self.per!r}, count={self.count}, momentum={self.momentum}"
 
 
 Start = Tensor | RememberedStart

@@ -91,7 +91,6 @@ class GradNormPenalty(Penalty):
         tensor([1.], grad_fn=<SumBackward1>)
     """
 
-    unit: ClassVar[str] = "units of the score"
     looks_elsewhere: ClassVar[bool] = False
 
     threat: ThreatModel
@@ -115,6 +114,10 @@ class GradNormPenalty(Penalty):
         bounds = "" if self.bounds is None else f" within {self.bounds}"
         norm = f"squared {norm}" if self.squared else norm
         return norm + bounds + ("" if self.of is None else f", {type(self.of).__name__}")
+
+    @property
+    def unit(self) -> str:
+        return f"{'squared ' if self.squared else ''}units of the score"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
         box = None if self.bounds is None else room(at_least_float32(point.x), self.bounds)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradreg.checks import check_logits
 from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
-from gradreg.noise import generator_of
+from gradreg.noise import draws_for
 from gradreg.penalties.penalty import RandomPenalty
 from gradreg.point import Point
 from gradreg.threat_models import at_least_float32
@@ -107,9 +107,11 @@ class JacobianPenalty(RandomPenalty):
 
     def _normal(self, point: Point, logits: Tensor) -> Tensor:
         """Normal numbers (k, B, K), those of each sample from its own generator if there is a seed."""
-        shape = (int(self.projections), *logits.shape)
+        count, classes = int(self.projections), logits.shape[1]
         if self.seed is None:
-            return torch.randn(shape, device=logits.device)
-        positions = range(len(logits)) if point.batch.index is None else point.batch.index.tolist()
-        drawn = [torch.randn(shape[0], shape[2], generator=generator_of(self.seed, p, 3)) for p in positions]
-        return torch.stack(drawn, 1).to(logits.device)
+            return torch.randn(count, len(logits), classes, device=logits.device)
+
+        def draw(generator: torch.Generator | None) -> Tensor:
+            return torch.randn(count, classes, generator=generator)
+
+        return draws_for(draw, self.seed, point.batch.index, len(logits), stream=3).transpose(0, 1).to(logits.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradreg import checks
 from gradreg.attacks import Search, grad_enabled
 from gradreg.criteria import cross_entropy  # noqa: F401  (in the examples)
-from gradreg.noise import generator_of
+from gradreg.noise import draws_for
 from gradreg.penalties.penalty import RandomPenalty
 from gradreg.point import Point
 from gradreg.threat_models import Bounds, ThreatModel, at_least_float32, check_bounds_form
@@ -47,7 +47,6 @@ class LocalLinearity(RandomPenalty):
         True
     """
 
-    unit: ClassVar[str] = "squared loss"
     floor: ClassVar[float] = 1e-17  # what the thesis's code adds before it takes the logarithm
 
     threat: ThreatModel
@@ -55,7 +54,11 @@ class LocalLinearity(RandomPenalty):
 
     @property
     def name(self) -> str:
-        return f"local linearity error in {self.threat}"
+        return f"{'squared ' if self.squared else ''}local linearity error in {self.threat}"
+
+    @property
+    def unit(self) -> str:
+        return "squared units of the loss" if self.squared else "units of the loss"
 
     def __call__(self, point: Point) -> Float[Tensor, "B"]:
         point = point.origin or point
@@ -76,12 +79,14 @@ class LocalLinearity(RandomPenalty):
 
     def _share(self, point: Point) -> Tensor:
         """How far the middle point of every sample lies from the first to the second."""
-        x, index = point.x, point.batch.index
+        x = point.x
         if self.seed is None:
             return torch.rand(len(x), dtype=x.dtype, device=x.device)
-        positions = range(len(x)) if index is None else index.tolist()
-        drawn = [torch.rand((), generator=generator_of(self.seed, p, 2), dtype=torch.float64) for p in positions]
-        return torch.stack(drawn).to(x.dtype).to(x.device)
+
+        def draw(generator: torch.Generator | None) -> Tensor:
+            return torch.rand((), generator=generator, dtype=torch.float64)
+
+        return draws_for(draw, self.seed, point.batch.index, len(x), stream=2).to(x.dtype).to(x.device)
 
 
 @final

@@ -21,22 +21,21 @@ Divergence = Callable[[Tensor, Tensor], Tensor]  # of the logits of reference an
 
 
 def _kl(reference: Tensor, moved: Tensor) -> Tensor:
-    # From logarithms: a probability that underflows has a difference of logarithms that does not.
-    log_p, log_q = reference.log_softmax(1), moved.log_softmax(1)
-    nothing = log_p == -torch.inf  # of logits that are masked: 0 log 0 is 0
-    return (log_p.exp() * (log_p.masked_fill(nothing, 0.0) - log_q.masked_fill(nothing, 0.0))).sum(1)
+    return _relative_entropy(reference, moved.log_softmax(1))
 
 
 def _jensen_shannon(reference: Tensor, moved: Tensor) -> Tensor:
-    p, q = reference.softmax(1), moved.softmax(1)
-    middle = ((p + q) / 2).clamp(min=torch.finfo(p.dtype).tiny).log()
-    return 0.5 * (_entropy(middle, p, reference) + _entropy(middle, q, moved))
+    middle = (reference.softmax(1) + moved.softmax(1)) / 2
+    log_middle = middle.clamp(min=torch.finfo(middle.dtype).tiny).log()
+    return 0.5 * (_relative_entropy(reference, log_middle) + _relative_entropy(moved, log_middle))
 
 
-def _entropy(middle: Tensor, p: Tensor, logits: Tensor) -> Tensor:
-    """Of p relative to the middle."""
-    nothing = logits == -torch.inf
-    return (p * (logits.log_softmax(1).masked_fill(nothing, 0.0) - middle.masked_fill(nothing, 0.0))).sum(1)
+def _relative_entropy(logits: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), p the softmax of logits."""
+    # From logarithms: a probability that underflows has a difference of logarithms that does not.
+    log_p = logits.log_softmax(1)
+    nothing = log_p == -torch.inf  # of logits that are masked: 0 log 0 is 0
+    return (log_p.exp() * (log_p.masked_fill(nothing, 0.0) - log_q.masked_fill(nothing, 0.0))).sum(1)
 
 
 def _squared(reference: Tensor, moved: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ class Penalty(ABC):
     """One number per sample: ``penalty(point) -> (B,)``, a frozen configuration that says which definition is meant.
 
     Attributes:
-        unit: Of its values.
         floor: What is added to a value before its logarithm is taken.
         why_undefined: Why it is undefined for some samples.
         looks_elsewhere: Whether it asks for other points. If not, an objective of such penalties alone need not record
@@ -31,7 +30,6 @@ class Penalty(ABC):
             a part of the batch, and not measured.
     """
 
-    unit: ClassVar[str] = ""
     floor: ClassVar[float] = 0.0
     why_undefined: ClassVar[str] = ""
     looks_elsewhere: ClassVar[bool] = True
@@ -44,6 +42,11 @@ class Penalty(ABC):
     def name(self) -> str:
         """What a table calls it."""
         return repr(self)
+
+    @property
+    def unit(self) -> str:
+        """Of its values."""
+        return ""
 
     @property
     def of_batch(self) -> bool:

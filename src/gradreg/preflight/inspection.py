@@ -14,7 +14,7 @@ from gradreg.model_checks import seen_in
 from gradreg.preflight.step import Step, instances_in
 from gradreg.smooth import NonSmooth, find_nonsmooth
 from gradreg.trees import Inputs
-from gradreg.wrappers import is_quantized, is_sharded
+from gradreg.wrappers import in_process_group, is_quantized, is_sharded
 
 
 def inspect(step: Step) -> Iterator[Finding]:
@@ -27,7 +27,7 @@ def inspect(step: Step) -> Iterator[Finding]:
         yield table.SHARDED.at(sharded)
     sync = {name: module for name, module in modules.items() if isinstance(module, nn.SyncBatchNorm)}
     if any(module.training for module in sync.values()):
-        group = dist.is_available() and dist.is_initialized()
+        group = in_process_group()
         several = group and any(dist.get_world_size(module.process_group) > 1 for module in sync.values())
         if group and (several or step.inputs.x.device.type == "cpu"):
             yield table.SYNC_BATCH_NORM.at(sync)

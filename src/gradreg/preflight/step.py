@@ -19,7 +19,7 @@ from gradreg.modes import random_state, replayed
 from gradreg.objective import PenalizedLoss, PenalizedOutput
 from gradreg.point import Batch
 from gradreg.replay import EagerReplay, ModuleState
-from gradreg.terms import sees_two
+from gradreg.terms import needs_two_arguments
 from gradreg.trees import Inputs, detached
 
 Kind = TypeVar("Kind")
@@ -117,7 +117,7 @@ def step_of(
         name: replace(term, weight=_above_0(term.weight, t)) if callable(term.weight) else term
         for name, term in objective.terms.items()
     }
-    if callable(objective.loss_weight) and (t is None or sees_two(objective.loss_weight)):
+    if callable(objective.loss_weight) and (t is None or needs_two_arguments(objective.loss_weight)):
         tried.loss_weight = _above_0(objective.loss_weight, t)
     device = Inputs(x, objective.perturb).x.device
     device = torch.device("cpu") if device.type == "meta" else device
@@ -129,7 +129,7 @@ def step_of(
 
 def _above_0(weight: Any, t: float | None) -> float:
     """A weight that a schedule has at some time; one that has to be measured counts as 1."""
-    if sees_two(weight):
+    if needs_two_arguments(weight):
         return 1.0
     value = 0.0 if t is None else weight(t)
     for time in _TIMES:

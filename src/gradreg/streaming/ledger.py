@@ -27,6 +27,7 @@ from tqdm import tqdm
 from gradreg import checks
 from gradreg.state import StateError, read_state, write_atomically
 from gradreg.streaming.identity import fingerprints, keys
+from gradreg.wrappers import in_process_group
 
 Record = dict[str, Any]
 Result = TypeVar("Result")
@@ -117,7 +118,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
+        together = in_process_group()
         if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised, so that every "
