@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint docs docs-links mutations zoo attack-cost kinks step-cost memory attention
+.PHONY: quickstart test lint docs docs-links mutations zoo attack-cost kinks agreement step-cost memory attention
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart.py
@@ -39,6 +39,9 @@ kinks: $(VENV)/quickstart.installed
 # The C library keeps the memory that it has, or it would give it back and ask again at every step (benchmarks/README.md).
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 BENCHMARK := $(KEEP_MEMORY) OMP_NUM_THREADS=1 $(BIN)/python
+
+agreement: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/agreement.py
 
 step-cost: $(VENV)/test.installed
 	$(BENCHMARK) benchmarks/step_cost.py --threads 1 --rounds 60 --compile

@@ -2,6 +2,7 @@
 
     python benchmarks/kinks.py --threads 1
     python benchmarks/kinks.py --threads 1 --split validation --seeds 0 --weight 6 --only "GELU, max" "ReLU, average"
+    python benchmarks/kinks.py --threads 1 --only "GELU, average" "GELU, sharpness 4, average"
 
 A small network learns the digits of `examples/quickstart.py` with its GradNorm penalty P, on the same batches and for
 the same number of steps, whatever its activation and its pool. Two things are measured.
@@ -33,6 +34,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +56,7 @@ from gradreg import (
     linear_ramp,
     with_normalization,
 )
+from gradreg.smooth import Blend, SmoothActivation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import ATTACKS, BATCH_SIZE, CROSS_ENTROPY, EPS, Method, batches, load_digits, training_step
@@ -93,6 +96,11 @@ class Parts:
 
 CONDITIONS = {
     "GELU, average": Parts(nn.GELU),
+    **{
+        f"{act}, sharpness {b}, average": Parts(partial(SmoothActivation, "relu", kind(), b))
+        for act, kind, sharpness in (("GELU", nn.GELU, (2, 4, 8, 16)), ("blend", Blend, (1, 4)))
+        for b in sharpness
+    },
     "SiLU, average": Parts(nn.SiLU),
     "ELU, average": Parts(nn.ELU, jumps="second"),
     "Hardswish, average": Parts(nn.Hardswish, jumps="first"),
@@ -108,6 +116,8 @@ PAIRS = {  # the part that is not smooth, and a smooth one in its place
     "ELU, average": ("GELU, average",),
     "Hardswish, average": ("SiLU, average",),
     "ReLU, average": ("GELU, average",),
+    **{f"GELU, sharpness {b}, average": ("GELU, average",) for b in (2, 4, 8, 16)},
+    "blend, sharpness 4, average": ("GELU, sharpness 4, average",),
     "ReLU, max": ("ReLU, average", "GELU, max"),
 }
 MARKS = {"none": ("#0072B2", "o"), "second": ("#009E73", "s"), "first": ("#D55E00", "D")}  # Okabe and Ito's colours

@@ -119,7 +119,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     if args.checkpoint is not None:
         load_weights(model, args.checkpoint, args.by_position)
     if args.smoothify is not None:
-        model = smoothify(model, act=args.smoothify)
+        model = smoothify(model, act=args.smoothify, sharpness=args.sharpness)
     return with_normalization(model, config["mean"], config["std"]).eval(), config
 
 
@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="file of weights, loaded without running any code in it")
     parser.add_argument("--by-position", action="store_true", help="the checkpoint's names differ, its order does not")
     parser.add_argument("--smoothify", metavar="ACT", help="use this activation instead of ReLU and its like")
+    parser.add_argument("--sharpness", type=float, default=1.0, help="of --smoothify; 4 is nearer to ReLU")
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder of images per class")
     parser.add_argument("--list", type=Path, help="file that names the images to take")
     parser.add_argument("--images", type=int, help="take the first IMAGES only")

@@ -23,7 +23,7 @@ JOBS, LIMIT = 2, 600  # changes that are tried at once, and for how many seconds
 GUARDED_BY = {  # by module or package: its test files, the fastest first; any other has the one of its own name
     "attacks": "test_point test_attacks test_black_box test_estimators",
     "checks": "test_checks test_objective test_attacks",
-    "copies": "test_probe test_preflight",
+    "copies": "test_survey test_preflight",
     "differentiation": "test_point test_differentiation test_transforms test_estimators",
     "evaluation": "test_evaluation test_curves test_masking integration/test_evaluation_processes",
     "model_checks": "test_objective test_estimators integration/test_distributed",
@@ -31,7 +31,7 @@ GUARDED_BY = {  # by module or package: its test files, the fastest first; any o
     "objective": "test_objective test_second_derivatives test_estimators integration/test_distributed",
     "replay": "test_trees test_replay test_point test_transforms",
     "second_derivatives": "test_second_derivatives test_differentiation test_estimators integration/test_compile",
-    "smooth": "test_smooth test_smooth_limits test_probe",
+    "smooth": "test_smooth test_smooth_limits test_survey",
     "streaming": "test_evaluation test_curves integration/test_evaluation_processes",
     "wrappers": "test_preflight integration/test_distributed",
 }

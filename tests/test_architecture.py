@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
         "threat_models",
         "wrappers",
     },
-    {"checks", "noise", "second_derivatives", "trees", "weight_perturbation"},
+    {"agreement", "checks", "noise", "second_derivatives", "trees", "weight_perturbation"},
     {"differentiation", "replay", "smooth"},
     {"model_checks", "point"},
     {"attacks", "collapse", "terms"},
@@ -56,6 +56,7 @@ MODULES = [
 
 PUBLIC = [
     "APGDAttack",
+    "Agreement",
     "Attack",
     "AttackResult",
     "AutoAttack",
@@ -113,6 +114,8 @@ PUBLIC = [
     "WorstLocalLinearity",
     "accuracy_curve",
     "adversarial_weights",
+    "agreement",
+    "anneal_sharpness",
     "apgd",
     "boosted_cross_entropy",
     "class_scores",
@@ -151,6 +154,7 @@ PUBLIC = [
 
 ALIASES, WARNINGS = {"Schedule"}, {"GradregWarning", "StateError"}
 RESULTS = {
+    "Agreement",
     "AttackResult",
     "Finding",
     "Flag",

@@ -198,15 +198,15 @@ def logits_of(output: object) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
 
 
-def smoothified(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The smooth model and what was replaced by what; the model itself if there is nothing to replace."""
-    try:
-        smooth, report = smoothify(model, return_report=True)
-    except ValueError as error:
-        if "no activation that can be replaced" not in str(error):
-            raise
-        return model, []
+def smoothified(model: nn.Module, x: Tensor) -> tuple[nn.Module, list[str]]:
+    """The smooth model and what was replaced by what; the list is empty if there is nothing to replace."""
+    smooth, report = smoothify(model, x=x, return_report=True)
     return smooth, [f"{entry.old} → {entry.new}" for entry in report.replaced]
+
+
+def met(model: nn.Module, x: Tensor) -> list[str]:
+    """What a run on x meets; guards that changed nothing are left out."""
+    return [found.kind for found in find_nonsmooth(model, x) if found.share != 0]
 
 
 def verdict(report: PreflightReport) -> str:
@@ -228,10 +228,9 @@ def counted(things: Iterable[str]) -> str:
 def row(member: Member) -> str:
     """The row of the table for one model."""
     model, (x, y) = member.build(), member.batch()
-    smooth, replaced = smoothified(model)
+    smooth, replaced = smoothified(model, x)
     left = [found.kind for found in find_nonsmooth(smooth)]
-    met = [found.kind for found in find_nonsmooth(smooth, x) if found.share]
-    cells = [member.library, member.name, counted(replaced), counted(left), counted(met)]
+    cells = [member.library, member.name, counted(replaced), counted(left), counted(met(smooth, x))]
     cells += [verdict(preflight(THESIS, each, x, y)) for each in (model, smooth)]
     return f"| {' | '.join(cells)} |"
 
@@ -241,16 +240,16 @@ HEAD = """# smoothify and the exact penalty on the models of torchvision and tim
 One small model of each family, built without weights and run on two random images in training mode:
 {libraries}. `make zoo` writes this page (`python tests/zoo.py`) and tests what it says.
 
-* **replaced**: the exchanges that `smoothify(model)` makes; a dash where nothing has to be replaced.
-* **left in the code**: what `find_nonsmooth(smooth)` still reads in the code of the smooth model.
-* **met**: what of that, or besides, `find_nonsmooth(smooth, x)` meets between two inputs.
+* **replaced**: the exchanges that `smoothify(model, x=x)` makes; a dash where nothing has to be replaced.
+* **left by type**: the modules of the smooth model that `find_nonsmooth(smooth)` lists by their types.
+* **met**: what `find_nonsmooth(smooth, x)` meets in a run, without guards that changed nothing.
 * **exact penalty**: the verdict of `preflight` on the model, before and after `smoothify`. *Math attention*: run the
   forward pass under `sdpa_kernel(SDPBackend.MATH)`, or set `fused_attn = False` in timm. *Smoothify*: hard gates have
   no second derivative.
 
 {summary}
 
-| library | model | replaced | left in the code | met | exact penalty | after smoothify |
+| library | model | replaced | left by type | met | exact penalty | after smoothify |
 |---|---|---|---|---|---|---|
 {rows}
 """
@@ -260,12 +259,12 @@ def summary(rows: list[str]) -> str:
     """The table in three sentences."""
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in rows]
     replaced = sum(cell[2] != "–" for cell in cells)
-    met = [cell[4] for cell in cells if cell[4] != "–"]
-    pools = sum("pool" in cell.lower() for cell in met)
+    something = [cell[4] for cell in cells if cell[4] != "–"]
+    pools = sum("pool" in cell.lower() for cell in something)
     before, after = (Counter(cell[column] for cell in cells) for column in (5, 6))
     return (
         f"Of {len(cells)} models, {replaced} have activations to replace. After that, a run still meets something in "
-        f"{len(met)}, and in {pools} of these it is a max pooling.\nThe exact penalty works as it is on "
+        f"{len(something)}, and in {pools} of these it is a max pooling.\nThe exact penalty works as it is on "
         f"{before['works']}, after `smoothify` on {after['works']}, and with math attention on "
         f"{after['works'] + after['math attention']}."
     )

@@ -72,7 +72,8 @@ def load_model(spec: str) -> nn.Module:
     Args:
         spec: ``timm:NAME`` with timm's own weights, ``timm:NAME:FILE`` with those of a file (by name, or by position if
             the names are others); ``study:FILE``, weights that fashion_mnist.py has written; ``MODULE:FUNCTION`` for
-            what a function of your own returns. ``+gelu`` at the end replaces ReLU and its like by GELU.
+            what a function of your own returns. ``+gelu`` at the end replaces ReLU and its like by GELU, ``+gelu:4`` by
+            one of sharpness 4.
     """
     spec, _, activation = spec.partition("+")
     kind, _, rest = spec.partition(":")
@@ -89,7 +90,8 @@ def load_model(spec: str) -> nn.Module:
         model = getattr(importlib.import_module(kind), rest)()
     else:
         raise SystemExit(f"--model {spec}: expected timm:NAME, timm:NAME:FILE, study:FILE or MODULE:FUNCTION.")
-    return (smoothify(model, act=activation) if activation else model).eval()
+    act, _, sharpness = activation.partition(":")
+    return (smoothify(model, act, float(sharpness or 1)) if act else model).eval()
 
 
 def trained_on_digits(folder: Path, seed: int) -> dict[str, nn.Module]:

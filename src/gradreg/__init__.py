@@ -1,5 +1,6 @@
 """Input-gradient regularisation for PyTorch: adversarial robustness from clean images, in any training loop."""
 
+from gradreg.agreement import Agreement, agreement
 from gradreg.attacks import (
     FGSM,
     NFGSM,
@@ -57,7 +58,7 @@ from gradreg.point import Point
 from gradreg.preflight import Finding, PreflightReport, preflight
 from gradreg.schedules import Schedule, constant, cosine_ramp, every, join, linear_ramp
 from gradreg.selectors import ClassSelector, class_scores, predicted_class, sampled_class, true_class
-from gradreg.smooth import NonSmooth, SmoothReport, find_nonsmooth, smoothify, unsmoothify
+from gradreg.smooth import NonSmooth, SmoothReport, anneal_sharpness, find_nonsmooth, smoothify, unsmoothify
 from gradreg.state import StateError
 from gradreg.terms import Term
 from gradreg.threat_models import L1, L2, Linf, ThreatModel
@@ -69,6 +70,7 @@ __all__ = [
     "L2",
     "NFGSM",
     "APGDAttack",
+    "Agreement",
     "Attack",
     "AttackResult",
     "AutoAttack",
@@ -122,6 +124,8 @@ __all__ = [
     "WorstLocalLinearity",
     "accuracy_curve",
     "adversarial_weights",
+    "agreement",
+    "anneal_sharpness",
     "apgd",
     "boosted_cross_entropy",
     "class_scores",

@@ -140,14 +140,14 @@ BATCH_STATISTICS = _warning(
 )
 FREEZE = "Or set them to evaluation mode, as the thesis does."
 PIECEWISE_LINEAR = _warning(
-    "the model has piecewise linear activations ({count}, such as {example}): their second derivative is 0 almost "
-    "everywhere, and the penalty is known to collapse.",
+    "the model has piecewise linear activations ({count} calls, such as {example}): their second derivative is 0 "
+    "almost everywhere, and the penalty is known to collapse.",
     "Train smoothify(model) instead. find_nonsmooth(model, x) tells which of them x reaches.",
 )
 NOT_SMOOTH = _warning("{kinds} is not smooth: {reason}.")
 READ_FROM_CODE = _warning(
-    "activations were read from the code alone, which hides some and does not show which of them x meets: "
-    "find_nonsmooth(model, x) raises {error}",
+    "activations were judged by the types of modules alone, which shows no function that is called, and not which of "
+    "them x meets: find_nonsmooth(model, x) raises {error}",
     "The penalty does not need this. To see the rest, fix what keeps a copy of the model from running.",
 )
 FUSED_ATTENTION = _error(

@@ -15,7 +15,6 @@ from gradreg.findings import Finding
 from gradreg.graphs import new_nodes
 from gradreg.modes import batch_norms
 from gradreg.normalization import normalizes
-from gradreg.smooth import find_nonsmooth
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
 # For each objective the models that it has met, whether it has penalised them, and whether they normalise their input.
@@ -89,15 +88,24 @@ def _check_parameters(objective: nn.Module, model: nn.Module, units: list[str]) 
             )
 
 
+# Nodes of functions whose second derivative is 0 almost everywhere.
+_FLAT = {
+    "Relu", "Hardtanh", "LeakyRelu", "RreluWithNoise", "PreluKernel", "Hardsigmoid", "Threshold", "Softshrink",
+    "Hardshrink",
+}  # fmt: skip
+
+
 def check_graph(met: Meeting, logits: object, second_order: bool) -> None:
-    """Warn if the graph of the logits has an attention kernel, at which total.backward() will raise."""
+    """Warn if the graph of the logits has an attention kernel, at which total.backward() will raise, or kinks."""
     met.graph_seen = True
     if not second_order:
         return
     graph = logits.grad_fn if isinstance(logits, Tensor) else None
-    fused = [node.name() for node in new_nodes([graph], ()) if node.name().startswith("ScaledDotProduct")]
-    if fused:
+    names = [node.name().split("Backward")[0] for node in new_nodes([graph], ())]
+    if fused := [name for name in names if name.startswith("ScaledDotProduct")]:
         checks.warn(findings.FUSED_ATTENTION.at(operation=fused[0]).message)
+    if flat := [name for name in names if name in _FLAT]:
+        checks.warn(findings.PIECEWISE_LINEAR.at(count=len(flat), example=flat[0]).message)
 
 
 def check_samples_are_apart(model: object) -> None:
@@ -136,12 +144,9 @@ def seen_in(model: nn.Module, *, penalizes: bool, second_order: bool) -> Iterato
 
 
 def _suspected_of(model: nn.Module) -> Iterator[Finding]:
-    """What may break second derivatives, or make them useless, which only a run would show."""
+    """What may break second derivatives, which only a run would show."""
     if any(is_compiled(module) for module in model.modules()):
         yield replace(findings.COMPILED, severity="warning")
-    if flat := [site for site in find_nonsmooth(model) if site.flat]:
-        example = f"{flat[0].name or 'the model'}: {flat[0].kind}"
-        yield findings.PIECEWISE_LINEAR.at(count=len(flat), example=example)
 
 
 def _heed(found: Iterable[Finding]) -> None:

@@ -215,6 +215,20 @@ def test_attention_compares_fused_with_written_out(tmp_path: Path, capsys: pytes
     assert (tmp_path / "vit_tiny_patch16_224.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_agreement_of_a_trained_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    benchmark = load("benchmarks/agreement.py")
+    monkeypatch.setattr(benchmark, "PAGE", tmp_path / "agreement")
+    monkeypatch.setattr(benchmark, "PHOTOGRAPHS", {"chelsea": benchmark.PHOTOGRAPHS["chelsea"]})
+    monkeypatch.setattr(benchmark, "ACTS", {"gelu": "GELU"})
+    monkeypatch.setattr(benchmark, "SHARPNESS", (8.0,))
+    benchmark.main([])
+
+    found = json.loads((tmp_path / "agreement.json").read_text())["found"]
+    assert list(found) == ["GELU without its bound", "GELU, sharpness 8"]
+    assert found["GELU, sharpness 8"]["all"]["kl"] < found["GELU without its bound"]["all"]["kl"]
+    assert "| GELU, sharpness 8 |" in (tmp_path / "agreement.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")

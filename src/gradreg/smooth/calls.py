@@ -1,45 +1,56 @@
 """Makes calls of non-smooth functions smooth, in the forward of a module whose code stays as it is.
 
-A function mode exchanges ``F.relu`` and its like while a method runs. A trace of the model would do so once and for
-all, but freeze ``self.training``, data-dependent branches and the class of the model with it. The mode is entered by
-the methods of a derived class and not by a function set on the instance: a method finds the parameters of the copy
-that it is called on, and a class can be derived again when a pickle is loaded.
+A function mode exchanges ``F.relu`` and its like while a module runs: one hook enters it, another leaves it. A trace of
+the model would exchange them once and for all, but freeze ``self.training`` and data-dependent branches with it.
+
+Every module of the user's own has these hooks, and not the model alone, because checkpointing runs a part of a model
+once more in the backward pass, and must find it as it was.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from types import FunctionType
-from typing import Any, ClassVar, NamedTuple, final
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import FrameType, FunctionType
+from typing import Any, final
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode, get_testing_overrides
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, get_testing_overrides
 
-from gradreg.smooth.activations import FUNCTIONS, IN_PLACE, OPERATIONS, twin
+from gradreg.smooth.twins import ACTIVATIONS, FUNCTIONS, GATES, IN_PLACE, TWINS, Ramp, option_names, options_of
 
-_REPLACEABLE = {function: name for function, name in FUNCTIONS.items() if OPERATIONS[name].replaceable}
 _PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
     function: tuple(inspect.signature(function).parameters)
-    for function in _REPLACEABLE
+    for function in FUNCTIONS
     if isinstance(function, FunctionType)
 }
-# torch.compile hands only the functions of this list to function modes, and computes others as they are.
-UNTRACED = frozenset(FUNCTIONS) - frozenset(get_testing_overrides())
+# torch.compile hands only the functions of this list to function modes. Others are not to be compiled.
+_HIDDEN = frozenset(FUNCTIONS) - frozenset(get_testing_overrides())
+BUFFER = "smooth_calls_sharpness"  # of a module whose sharpness is annealed
+
+
+class Calls(TorchFunctionMode):
+    """A mode, and the modules that have entered it: every one costs time at every operation, so they share it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.entered = [module]
 
 
 @final
-class SmoothCalls(TorchFunctionMode):
-    """While it is entered, calls of replaceable functions and tensor methods compute their smooth twin.
+class SmoothCalls(Calls):
+    """While it is entered, calls of functions that have a smooth twin compute that.
 
     Args:
-        act: The activation for what has no twin of its own. It has no parameters, since it is no part of the model.
+        module: The module that enters it.
+        act: The ramp of sharpness 1. It has no parameters, since it is no part of the model.
+        sharpness: Of the twins.
     """
 
-    def __init__(self, act: nn.Module) -> None:
-        super().__init__()
-        self._act = act
+    def __init__(self, module: nn.Module, act: nn.Module, sharpness: float | Tensor) -> None:
+        super().__init__(module)
+        self.act, self.sharpness = act, sharpness
 
     def __torch_function__(
         self,
@@ -49,30 +60,27 @@ class SmoothCalls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _REPLACEABLE:
+        if func not in FUNCTIONS or not _is_called_by_hooked_module():
             return func(*args, **kwargs)
-        names = _PARAMETERS.get(func, ("input", "min_val", "max_val"))
+        operation = FUNCTIONS[func]
+        names = _PARAMETERS.get(func, ("input", *option_names(operation)))  # functions in C have no signature
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        act = ACTIVATIONS["softplus"]() if operation in GATES else self.act
+        options, x = options_of(operation, given), given["input"]
 
-        def argument(name: str, default: Any) -> Any:
-            index = names.index(name) if name in names else len(args)
-            return args[index] if index < len(args) else kwargs.get(name, default)
+        def twin(z: Tensor) -> Tensor:
+            # Not the module but its forward: torch.fx refuses to trace a module that is not registered in the model.
+            return TWINS[operation](Ramp(act.forward, self.sharpness), z, **options)
 
-        x, limits = argument("input", None), (argument("min_val", -1.0), argument("max_val", 1.0))
-        # Not the module but its forward: torch.fx refuses to trace a module that is not registered in the model.
-        smooth = twin(_REPLACEABLE[func], lambda: self._act, *limits).forward
-        if func in IN_PLACE or argument("inplace", False):
+        if func in IN_PLACE or given.get("inplace", False):
             # The twin keeps its input for the backward pass, so it must not be the tensor that is overwritten.
-            return x.copy_(smooth(x.clone()))
-        return smooth(x)
+            return x.copy_(twin(x.clone()))
+        return twin(x)
 
 
 @final
-class PlainCalls(TorchFunctionMode):
-    """While it is entered, replaceable functions compute what they say, whatever mode is around it.
-
-    A function that checkpointing runs again in the backward pass is then the same both times, and what the user keeps
-    stays as it is below a method that is smooth.
-    """
+class PlainCalls(Calls):
+    """While it is entered, functions compute what they say, whatever mode is around it."""
 
     def __torch_function__(
         self,
@@ -81,103 +89,109 @@ class PlainCalls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        with torch._C.DisableTorchFunction() if func in _REPLACEABLE else nullcontext():
+        if func not in FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
             return func(*args, **(kwargs or {}))
 
 
-class Derivation(NamedTuple):
-    """How a class was derived.
+@final
+class Enter:
+    """A forward pre-hook that enters a mode: smooth calls, or plain ones without an activation."""
 
-    Attributes:
-        base: From which.
-        smooth: The methods that run under :class:`SmoothCalls`.
-        plain: The methods that run under :class:`PlainCalls`.
-        uncompiled: Whether ``torch.compile`` is kept out of the smooth ones, which mention a function of ``UNTRACED``.
+    def __init__(self, act: nn.Module | None, sharpness: float = 1.0) -> None:
+        self.act, self.sharpness = act, sharpness
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        sharpness = module._buffers.get(BUFFER, self.sharpness)
+        assert sharpness is not None
+        if not torch.compiler.is_compiling():
+            while isinstance(above := _get_current_function_mode(), Calls) and not _runs(above.entered[0], module):
+                _pop_mode()  # an interrupt from the keyboard calls no hooks: it was left behind
+            if isinstance(above, SmoothCalls) and above.act is self.act:
+                above.entered.append(module)
+                return
+        (PlainCalls(module) if self.act is None else SmoothCalls(module, self.act, sharpness)).__enter__()
+
+
+@final
+class Leave:
+    """The forward hook that leaves it, also after an exception."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            mode = _get_current_function_mode()
+            if not isinstance(mode, Calls) or mode.entered[-1] is not module:  # an earlier hook of its has raised
+                return
+            mode.entered.pop()
+            if mode.entered:
+                return
+        _pop_mode()
+
+
+# Where a model itself has hooks, or its graph breaks, these are frames of their own, which are not to be compiled.
+with suppress(ImportError):
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+    for _method in (Enter.__call__, Leave.__call__, SmoothCalls.__torch_function__, PlainCalls.__torch_function__):
+        set_code_exec_strategy(
+            inspect.unwrap(_method).__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+        )
+
+
+def hook(module: nn.Module, act: nn.Module | None, sharpness: float = 1.0) -> None:
+    """Have a module run under a mode, in the place of one that it ran under before."""
+    unhook(module)
+    for function in _HIDDEN if act is not None else ():
+        torch._dynamo.disallow_in_graph(function)
+    module.register_forward_pre_hook(Enter(act, sharpness), prepend=True)  # before any that may raise
+    module.register_forward_hook(Leave(), always_call=True)
+
+
+def unhook(module: nn.Module) -> None:
+    """Undo :func:`hook`, where it was done."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, value in hooks.items() if isinstance(value, (Enter, Leave))]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+    module._buffers.pop(BUFFER, None)
+
+
+def hooked(module: nn.Module) -> Enter | None:
+    """The hook by which a module enters a mode, if it has one."""
+    return next((value for value in module._forward_pre_hooks.values() if isinstance(value, Enter)), None)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calls in a module are as they were."""
+    entered = hooked(module)
+    return entered is None or entered.act is None
+
+
+def _is_called_by_hooked_module() -> bool:
+    """Whether a call comes from a module that has entered the mode, without checkpointing in between.
+
+    What a module hands to checkpointing, other than a module, is run again outside of it. And an interrupt from the
+    keyboard calls no hooks, so that the mode may have been left behind.
     """
-
-    base: type[nn.Module]
-    smooth: frozenset[str] = frozenset()
-    plain: frozenset[str] = frozenset()
-    uncompiled: bool = False
-
-
-class Derived:
-    """Mixed in front of a module's own class by :func:`derive`; makes the resulting class picklable."""
-
-    _gradreg_derivation: ClassVar[Derivation]
-    _gradreg_act: nn.Module
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Without super(): a registry of the user's classes is not to learn of this one.
-        pass
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # pickle finds classes by name, and this one has none: it is derived again.
-        return _new_derived, tuple(self._gradreg_derivation), *super().__reduce_ex__(max(protocol, 2))[2:]
+    if torch.compiler.is_compiling():  # where there are no frames, and what is run again is a copy of the same graph
+        return True
+    for frame in _frames():
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return False
+        if frame.f_code is nn.Module._call_impl.__code__ and hooked(frame.f_locals["self"]):
+            return True
+    return False
 
 
-_DERIVED: dict[Derivation, type[nn.Module]] = {}
+def _runs(module: nn.Module, new: nn.Module) -> bool:
+    """Whether a call of a module is under way in this thread, other than the one of ``new`` that has just begun."""
+    calls = [frame for frame in _frames() if frame.f_code is nn.Module._call_impl.__code__]
+    return sum(frame.f_locals["self"] is module for frame in calls) > (module is new)
 
 
-def derive(derivation: Derivation) -> type[nn.Module]:
-    """A subclass of a module class, of the same name, some of whose methods run under a mode."""
-    if derivation not in _DERIVED:
-        base = derivation.base
-        namespace: dict[str, Any] = {
-            name: _under(lambda self: SmoothCalls(self._gradreg_act), getattr(base, name), derivation.uncompiled)
-            for name in derivation.smooth
-        }
-        namespace |= {name: _under(lambda self: PlainCalls(), getattr(base, name)) for name in derivation.plain}
-        namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        metaclass: Callable[..., type[nn.Module]] = type(base)
-        own = {"_gradreg_derivation": derivation}
-        _DERIVED[derivation] = metaclass(base.__name__, (Derived, base), namespace | own)
-    return _DERIVED[derivation]
-
-
-def _new_derived(*derivation: Any) -> nn.Module:
-    kind = derive(Derivation(*derivation))
-    return kind.__new__(kind)
-
-
-def _under(
-    mode: Callable[[Any], TorchFunctionMode], method: Callable[..., Any], uncompiled: bool = False
-) -> Callable[..., Any]:
-    """A method that runs under the mode that is made for its module."""
-
-    @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mode(self):
-            return method(self, *args, **kwargs)
-
-    return torch.compiler.disable(wrapped) if uncompiled else wrapped
-
-
-def derivation_of(module: nn.Module) -> Derivation:
-    """How the class of a module was derived; from itself if it was not."""
-    return module._gradreg_derivation if isinstance(module, Derived) else Derivation(type(module))
-
-
-def is_smooth(module: nn.Module, method: str) -> bool:
-    """Whether calls in a method of a module compute their twins."""
-    return method in derivation_of(module).smooth
-
-
-def has_another_class(module: nn.Module) -> bool:
-    """Whether a derived module was given a class that was made of its own."""
-    return isinstance(module, Derived) and "_gradreg_derivation" not in vars(type(module))
-
-
-def put_on(module: nn.Module, kind: type[nn.Module], act: nn.Module | None) -> None:
-    """Give a module a derived class, and the activation of its smooth methods."""
-    if act is not None:
-        vars(module)["_gradreg_act"] = act  # not registered: children() and the state_dict stay the same
-    module.__class__ = kind
-
-
-def take_off(module: nn.Module) -> None:
-    """Undo :func:`put_on`, where it was done."""
-    base = derivation_of(module).base
-    if base is not type(module):
-        vars(module).pop("_gradreg_act", None)
-        module.__class__ = base
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,26 +1,39 @@
 """Puts smooth activations into a model, and reports what it replaced and what it left.
 
-Everything is planned before anything is changed: the user's function that makes activations may raise, and the model
-is then as it was. Every attribute gets a module of its own, also where one module was used several times: what is later
-measured or changed at one site says nothing of another. Methods get a derived class, see ``calls``.
+Every attribute gets an activation of its own, also where one module was used several times: what is later measured or
+changed at one site says nothing of another. Calls in code are made smooth by hooks, see ``calls``.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, final, overload
+from functools import cached_property, partial
+from typing import Any, Literal, final, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gradreg.smooth.activations import ACTIVATIONS, KERNELS, twin
-from gradreg.smooth.calls import Derivation, derivation_of, derive, put_on
-from gradreg.smooth.survey import NonSmooth, Site, check_module, checkpointing, find_nonsmooth, sites
+from gradreg.agreement import Agreement, agreement
+from gradreg.modes import evaluating
+from gradreg.smooth.calls import hook, is_plain, unhook
+from gradreg.smooth.survey import (
+    TRANSFORMERS,
+    NonSmooth,
+    check_module,
+    find_nonsmooth,
+    function_of,
+    operation_of_module,
+)
+from gradreg.smooth.twins import ACTIVATIONS, KERNELS, TWINS, SmoothActivation, operation_of, options_of
 from gradreg.wrappers import is_exported, is_quantized
 
+Act = str | Callable[[], nn.Module]
 # Attributes that unsmoothify reads: of an activation, what it stands for; of a transformer layer, its flags before.
 REPLACED, FLAGS = "_gradreg_replaced", "_gradreg_flags"
+TRIED = (1.0, 2.0, 4.0, 8.0, 16.0)  # sharpness, of which a report recommends one
+ENOUGH = 0.9  # of the decisions
 
 
 @final
@@ -29,8 +42,8 @@ class Replacement:
     """One exchange made by :func:`smoothify`.
 
     Attributes:
-        name: As in :class:`NonSmooth`.
-        old: What was there, as in :attr:`NonSmooth.kind`.
+        name: The activation, as ``named_modules`` calls it, or the module that calls it.
+        old: The class of the module that was there (``"ReLU"``), or the function (``"F.relu"``).
         new: The class of the activation that took its place.
     """
 
@@ -48,24 +61,43 @@ class SmoothReport:
     """What :func:`smoothify` did.
 
     Attributes:
-        replaced: The exchanges.
-        remaining: What it left, :func:`find_nonsmooth` of the result.
+        replaced: The exchanges. Calls in code are among them where smoothify was given x.
+        remaining: What it left, :func:`find_nonsmooth` of the result, of x if that was given.
     """
 
     replaced: tuple[Replacement, ...]
     remaining: tuple[NonSmooth, ...]
+    _compare: Callable[[], dict[float, Agreement]] = field(default=dict, repr=False, compare=False)
+
+    @cached_property
+    def agreements(self) -> dict[float, Agreement]:
+        """With x, how many of the model's decisions twins of several sharpnesses keep: five runs, when first asked."""
+        return self._compare()
+
+    @property
+    def recommended_sharpness(self) -> float | None:
+        """The smallest one that keeps 90 % of a trained network's decisions on x; None without x."""
+        enough = (sharpness for sharpness, found in self.agreements.items() if found.same.value >= ENOUGH)
+        return next(enough, max(self.agreements, default=None))
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}:", *(f"  {entry}" for entry in self.replaced)]
+        if not self.replaced:
+            lines = ["nothing to replace: its modules are smooth"]
         lines += [f"remaining {len(self.remaining)}:", *(f"  {entry}" for entry in self.remaining)]
+        lines += [f"sharpness {sharpness:g}: {found}" for sharpness, found in self.agreements.items()]
+        if self.agreements:
+            lines.append(f"recommended for a trained network: sharpness={self.recommended_sharpness:g}")
         return "\n".join(lines)
 
 
 @overload
 def smoothify(
     model: nn.Module,
-    act: str | Callable[[], nn.Module] = "gelu",
+    act: Act = "gelu",
+    sharpness: float = 1.0,
     *,
+    x: Tensor | None = None,
     keep: Collection[str] = (),
     inplace: bool = False,
     return_report: Literal[False] = False,
@@ -73,16 +105,20 @@ def smoothify(
 @overload
 def smoothify(
     model: nn.Module,
-    act: str | Callable[[], nn.Module] = "gelu",
+    act: Act = "gelu",
+    sharpness: float = 1.0,
     *,
+    x: Tensor | None = None,
     keep: Collection[str] = (),
     inplace: bool = False,
     return_report: Literal[True],
 ) -> tuple[nn.Module, SmoothReport]: ...
 def smoothify(
     model: nn.Module,
-    act: str | Callable[[], nn.Module] = "gelu",
+    act: Act = "gelu",
+    sharpness: float = 1.0,
     *,
+    x: Tensor | None = None,
     keep: Collection[str] = (),
     inplace: bool = False,
     return_report: bool = False,
@@ -90,87 +126,103 @@ def smoothify(
     r"""Replace the non-smooth activations of a model by smooth ones.
 
     With ReLU the input gradient is piecewise constant, its derivative is zero almost everywhere, and a penalty on it
-    hardly reaches the weights; with GELU, SiLU, Softplus or Mish it does (Rodríguez Muñoz, "Adversarial robustness
+    hardly reaches the weights; with GELU, SiLU, softplus or Mish it does (Rodríguez Muñoz, "Adversarial robustness
     without perturbations", MIT 2024, section 4.3).
 
-    ReLU, ReLU6, LeakyReLU, RReLU, ELU, CELU and SELU become ``act``. A gate becomes its own smooth twin: Hardsigmoid
-    σ(x), Hardtanh the tanh between the same limits, Hardswish SiLU, timm's HardMish Mish. The ReLU kernel of a linear
-    attention (``kernel_func`` in timm) becomes a Softplus, because it has to stay positive. Each site has its own
-    activation; weights, training flags, hooks and the keys of the ``state_dict`` stay. PReLU stays, because its slope
-    is a parameter, and so do max pooling, thresholds and shrinkage: see :attr:`SmoothReport.remaining`.
-    :func:`unsmoothify` undoes it.
+    ReLU becomes the ramp :math:`g(x) = a(bx) / b` of an activation a and a sharpness b, for GELU
+    :math:`x\,\Phi(bx)`. Every other activation is a formula in ReLU, and becomes that formula in g, so that it keeps
+    its bounds and its slopes:
 
-    Functional calls (``F.relu``, ``torch.relu``, ``x.relu_()``) become smooth as well: the methods that make them, or
-    call Python helpers that do, run under a ``torch.overrides.TorchFunctionMode``, and other modules pay nothing. The
-    class of such a module is then a subclass of its own, of the same name; pickling, copying, ``torch.func`` and
-    ``torch.compile(fullgraph=True)`` work, a trace by ``torch.fx`` keeps ``x.relu()`` as it is. From function modes
-    ``torch.compile`` hides ``F.hardsigmoid``, ``F.hardswish`` and in-place functions such as ``F.relu_``: methods that
-    mention these are not compiled. What is replaced holds for everything run during the method, children
-    included, but not for what ``keep`` names nor for what is checkpointed there. An in-place call still overwrites its
-    input. A call in a method that checkpoints is left and reported, because it may be run again outside of the method.
+    ==============  ========================================================================
+    ReLU6           :math:`g(x) - g(x - 6)`
+    Hardtanh        :math:`l + g(x - l) - g(x - h)`
+    LeakyReLU       :math:`s x + (1 - s)\,g(x)`; RReLU with the mean slope
+    ELU, CELU       :math:`g(x) + \alpha (e^{-g(-x) / c} - 1)`; SELU that, scaled
+    Softshrink      :math:`g(x - \lambda) - g(-x - \lambda)`
+    Hardsigmoid     :math:`(g(x + 3) - g(x - 3)) / 6` with a softplus, so that it stays in [0, 1]
+    Hardswish       x times that; timm's HardMish likewise
+    ==============  ========================================================================
 
-    An ``nn.ReLU(inplace=True)`` module, however, becomes an activation that leaves its input alone, as it would when
-    written by hand: a forward that ignores its return value needs an assignment.
+    The ReLU kernel of a linear attention (``kernel_func`` in timm) becomes a softplus, because it has to stay positive.
+    PReLU stays, because its slope is a parameter, and so do max pooling, thresholds and hard shrinkage: see
+    :attr:`SmoothReport.remaining`. :func:`unsmoothify` undoes it.
 
-    A replaced model is another function: train it, or fine-tune the weights of the old one. Fresh weights that no
-    normalisation layers follow (VGG, SqueezeNet) are made to keep the scale of signals through ReLUs; a GELU halves
-    signals that are small, and after the ten layers of VGG-11 they are 60 times smaller. Steeper activations keep it:
-    ``act=functools.partial(nn.Softplus, beta=50)``.
+    **Calls in code** (``F.relu``, ``torch.relu``, ``x.relu_()``, an ``nn.ReLU`` in a list) become smooth as well: all
+    modules but PyTorch's own run under a ``torch.overrides.TorchFunctionMode``, which hooks enter and leave. That costs
+    some microseconds at every operation of the model; with x only the modules have it that a run on x, in training or
+    in evaluation mode, has seen make such a call. An in-place call still overwrites its input. Copying, pickling,
+    ``torch.func``, ``torch.compile(fullgraph=True)`` and checkpointed modules work. Not reached are a function handed
+    to checkpointing, code compiled by ``torch.jit``, and a forward that is called without its module
+    (``model.forward_features(x)``, a trace by ``torch.fx``).
+
+    Weights, training flags, hooks and the keys of the ``state_dict`` stay. An ``nn.ReLU(inplace=True)`` becomes an
+    activation that leaves its input alone: a forward that ignores its return value needs an assignment.
+
+    **A trained network** is another function after the exchange: fine-tune it. The sharper the twin the more it keeps
+    of what it knows, and up to a sharpness of 8 the penalty lost nothing where that was measured (docs/smoothness.md):
+    start at 4, or sharper, and let it fall, :func:`anneal_sharpness`. With x and ``return_report`` the report says how
+    many decisions each sharpness keeps.
+
+    **Without normalisation layers** (VGG, SqueezeNet) the small signals of fresh weights shrink from layer to layer:
+    GELU halves what ReLU passes. With x a run of the model finds the standard deviation s of what each activation is
+    given, and a module's sharpness is divided by s where that is below 1.
 
     Args:
-        model: The model. Give it before ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or a parametrisation;
-            ``torch.jit.script`` reads the code of functional calls as it was, and refuses the result.
-        act: ``"gelu"`` (the exact one, with erf), ``"silu"``, ``"softplus"`` (with beta = 4·√(2/π) ≈ 3.19, whose
-            second derivative at 0 is GELU's), ``"mish"``, or a function without arguments that returns a new
-            ``nn.Module``, such as ``functools.partial(nn.Softplus, beta=10)``.
-        keep: Names of what is to stay as it is, with ``*`` for any part, as a report or :func:`find_nonsmooth` gives
-            them. A pretrained Swin V2, for one, has ReLUs that act on a table of positions and not on the input:
-            ``keep=["*.cpb_mlp.*"]`` leaves that table as it was learnt.
+        model: The model. Give it before ``torch.compile``, ``torch.export``, ``torch.jit.trace``, and before the
+            optimiser is built.
+        act: ``"gelu"`` (the exact one, with erf), ``"silu"``, ``"softplus"`` (of beta = 4·√(2/π) ≈ 3.19, whose second
+            derivative at 0 is GELU's), ``"mish"``, ``"blend"`` (half SiLU, half softplus, whose mean error is 0), or a
+            function without arguments that returns a new ``nn.Module``.
+        sharpness: b.
+        x: A few inputs, of shape ``(B, ...)``: see above.
+        keep: Names of modules that stay as they are, with all that is inside of them, with ``*`` for any part. A
+            pretrained Swin V2, for one, has ReLUs that act on a table of positions and not on the input:
+            ``keep=["*.cpb_mlp"]`` leaves that table as it was learnt.
         inplace: Change the model and return it, instead of a copy.
         return_report: Return ``(model, report)``.
 
     Returns:
-        The smooth model, and the :class:`SmoothReport` if it was asked for.
+        The smooth model, and the :class:`SmoothReport` if it was asked for. A model that is smooth already comes back
+        as it is.
 
     Raises:
         TypeError: If the model is not an ``nn.Module``, or is compiled, exported or quantised; or ``act`` is neither a
             name nor a function that returns an ``nn.Module``.
-        ValueError: If the name is unknown; nothing is there to replace, or nothing of a name to keep; ``act`` returns
-            an activation that is not smooth, the same module twice, or one with parameters, buffers or dropout for a
-            functional call; or the model is itself an activation and ``inplace`` is set. The model is then as it was.
+        ValueError: If a name is unknown or sharpness not above 0; ``act`` returns an activation that is not smooth, or
+            the same module twice; or the model is itself an activation and ``inplace`` is set. The model is then as it
+            was.
         RuntimeError: If the model cannot be copied.
 
     Example:
-        >>> model, report = smoothify(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Hardsigmoid()), return_report=True)
+        >>> model, report = smoothify(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.ReLU6()), return_report=True)
         >>> print(report)
         replaced 2:
           1: ReLU -> GELU
-          2: Hardsigmoid -> Sigmoid
+          2: ReLU6 -> SmoothActivation
         remaining 0:
     """
     check_module(model, "smoothify")
     _check_changeable(model)
-    fresh = _Factory(act)
-    found = [site for site in sites(model) if site.where]
-    _check_kept(keep, found)
-    if all(_is_kept(site, keep) for site in found):
-        raise ValueError(
-            f"smoothify: no activation that can be replaced was found in {type(model).__name__}. If the model is "
-            "already smooth, leave smoothify out; otherwise find_nonsmooth(model) names what it sees and why that "
-            "stays."
-        )
-    if inplace and not all(site.key for site in found):
+    fresh = _Factory(act, sharpness, adapts=x is not None and not _normalizes(model))
+    _kept(model, keep)  # which may raise, before anything is changed
+    if inplace and operation_of_module(model) in TWINS:
         raise ValueError(
             f"smoothify: {type(model).__name__} is itself an activation and cannot become another: leave inplace out."
         )
+    before = copied(model, "smoothify") if x is not None and return_report else model
     target = model if inplace else copied(model, "smoothify")
-    there = sites(target)
-    planned = _plan((site for site in there if not _is_kept(site, keep)), fresh)
-    result = _apply(target, planned, [site for site in there if site.where and _is_kept(site, keep)])
+    calls = None if x is None else _calls_in_all_modes(target, x)
+    result, replaced, twins = _exchange(target, fresh, keep, calls)
+    if x is not None and fresh.adapts:
+        _keep_scale(result, twins, x)
     if not return_report:
         return result
-    replaced = dict.fromkeys(_replacement(site, new) for site, new in planned)
-    return result, SmoothReport(tuple(replaced), find_nonsmooth(result))
+    if x is None or calls is None:
+        return result, SmoothReport(tuple(replaced), find_nonsmooth(result))
+    smooth = sorted(calls - _calls(result, x))
+    replaced += [Replacement(name, kind, fresh.kind_for(kind)) for name, kind in smooth]
+    compare = partial(_agreements, before, act, x, keep)
+    return result, SmoothReport(tuple(replaced), find_nonsmooth(result, x), compare)
 
 
 def copied(model: nn.Module, caller: str) -> nn.Module:
@@ -204,28 +256,27 @@ def _unchangeable(module: nn.Module, *, is_whole: bool) -> tuple[str, str] | Non
     return None
 
 
-def _check_kept(keep: Collection[str], found: Iterable[Site]) -> None:
+def _kept(model: nn.Module, keep: Collection[str]) -> tuple[set[nn.Module], set[nn.Module]]:
+    """The modules that are to be kept, by their names, and all that is inside of them."""
     if isinstance(keep, str):
         raise TypeError(f"smoothify: expected keep to be a list of names, got the string {keep!r}.")
-    names = [site.found.name for site in found]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    outer: set[nn.Module] = set()
     for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            inside = any(fnmatchcase(name, f"{pattern}.*") for name in names)
-            raise ValueError(
-                f"smoothify: nothing that could be replaced is called {pattern!r}"
-                + (f"; for all that is inside of it, write {pattern + '.*'!r}." if inside else f"; there are {names}.")
-            )
-
-
-def _is_kept(site: Site, keep: Iterable[str]) -> bool:
-    return any(fnmatchcase(site.found.name, pattern) for pattern in keep)
+        found = {module for name, module in modules.items() if fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"smoothify: no module is called {pattern!r}; there are {[*modules][1:]}.")
+        outer |= found
+    return outer, {inside for module in outer for inside in module.modules()}
 
 
 @final
 class _Factory:
-    """Makes activations from the ``act`` of :func:`smoothify`, and checks each."""
+    """Makes twins from the ``act`` of :func:`smoothify`, and checks each."""
 
-    def __init__(self, act: str | Callable[[], nn.Module]) -> None:
+    def __init__(self, act: Act, sharpness: float, *, adapts: bool) -> None:
+        if not sharpness > 0:
+            raise ValueError(f"smoothify: sharpness must be above 0, got {sharpness}.")
         if isinstance(act, str):
             if act not in ACTIVATIONS:
                 raise ValueError(
@@ -238,107 +289,156 @@ class _Factory:
                 "smoothify: expected act to be a name or a function without arguments that returns a new nn.Module, "
                 f"such as nn.GELU, got {act!r}."
             )
-        self._act = act
+        self._act, self.sharpness, self.adapts = act, float(sharpness), adapts
         self._made: list[nn.Module] = []
+        self.for_calls = self._new()
+        if unsmooth := [found for found in _tried(self.for_calls) if found.flat or found.kind.endswith("ELU")]:
+            raise ValueError(f"smoothify: act must return a smooth activation, and returned one with {unsmooth[0]}.")
+        # What has a state would have to be a part of the model.
+        state = [*self.for_calls.parameters(), *self.for_calls.buffers()]
+        drops = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in self.for_calls.modules())
+        self.reaches_calls = not state and not drops
 
-    def __call__(self) -> nn.Module:
+    def _new(self) -> nn.Module:
         made = self._act()
         if not isinstance(made, nn.Module):
             raise TypeError(f"smoothify: act must return an nn.Module, as nn.GELU does; it returned {made!r}.")
         if any(made is other for other in self._made):
             raise ValueError("smoothify: act must return a new module at each call, and returned the same one twice.")
-        # Its own call of F.relu, say, would be taken for one of the module around it.
-        if unsmooth := [site.found for site in sites(made) if site.where or site.found.flat]:
-            raise ValueError(f"smoothify: act must return a smooth activation, and returned one with {unsmooth[0]}.")
         self._made.append(made)
         return made
 
-    def without_state(self) -> nn.Module:
-        """An activation for functional calls: no part of the model, so that nothing of it moves with the model."""
-        made = self()
-        kept = [*made.parameters(), *made.buffers()]
-        if kept or any(isinstance(module, nn.modules.dropout._DropoutNd) for module in made.modules()):
-            raise ValueError(
-                f"smoothify: {type(made).__name__} has parameters, buffers or dropout and cannot stand for a "
-                "functional call: use an activation without, or make the call a module of the model."
-            )
-        return made
+    def twin(self, operation: str, options: dict[str, float]) -> nn.Module:
+        """The twin of an operation; PyTorch's own activation where it is one."""
+        act = self._new()
+        if operation == "relu" and self.sharpness == 1 and not self.adapts:
+            return act
+        return SmoothActivation(operation, act, self.sharpness, options)
+
+    def kind_for(self, kind: str) -> str:
+        """The class of the twin of a function."""
+        own = kind in ("F.relu", "torch.relu") and self.sharpness == 1
+        return type(self.for_calls if own else SmoothActivation("relu", self.for_calls)).__name__
 
 
-def _plan(found: Iterable[Site], fresh: _Factory) -> list[tuple[Site, nn.Module]]:
-    """Each site with its activation; the methods of one module share one."""
-    calling: dict[nn.Module, nn.Module] = {}
-    planned = []
-    for site in found:
-        if site.where == "attribute":
-            planned.append((site, _successor(site, fresh)))
-        elif site.where == "method":
-            if site.owner not in calling:
-                calling[site.owner] = fresh.without_state()
-            planned.append((site, calling[site.owner]))
-    return planned
+def _tried(act: nn.Module) -> tuple[NonSmooth, ...]:
+    """What is not smooth in an activation."""
+    by_type = find_nonsmooth(act)
+    if by_type or any(tensor.is_meta for tensor in (*act.parameters(), *act.buffers())):
+        return by_type
+    with torch.device("cpu"):
+        return find_nonsmooth(act, torch.linspace(-4, 4, 100).view(10, 10))
 
 
-def _successor(site: Site, fresh: _Factory) -> nn.Module:
-    old = getattr(site.owner, site.key) if site.key else site.owner
-    operation = "kernel" if site.key in KERNELS and site.operation == "relu" else site.operation
-    new = twin(operation, fresh, getattr(old, "min_val", -1.0), getattr(old, "max_val", 1.0))
-    new.train((old if isinstance(old, nn.Module) else site.owner).training)
+def _exchange(
+    model: nn.Module, fresh: _Factory, keep: Collection[str], calls: set[tuple[str, str]] | None
+) -> tuple[nn.Module, list[Replacement], list[nn.Module]]:
+    """The model with its activations replaced, what was replaced, and the new activations."""
+    outer, kept = _kept(model, keep)
+    if operation_of_module(model) in TWINS and model not in kept:
+        new = _successor(model, "", fresh)
+        return new, [Replacement("", type(model).__name__, type(new).__name__)], [new]
+    # All are made before the first is put in its place, as the user's function that makes them may raise.
+    planned = list(_planned(model, fresh, kept))
+    names = {module: name for name, module in model.named_modules()}
+    before = {inner for module in names if REPLACED in vars(module) for inner in module.modules()}
+    calling = {name for name, _ in calls or ()}
+    for owner, key, _, new in planned:
+        setattr(owner, key, new)
+    for module, name in names.items():
+        if module in outer:
+            hook(module, None)
+        elif module not in kept | before and is_plain(module) and not isinstance(module, torch.jit.ScriptModule):
+            unhook(module)  # of an earlier exchange that kept it
+            if fresh.reaches_calls and (_has_code_of_its_own(module) if calls is None else name in calling):
+                hook(module, fresh.for_calls, fresh.sharpness)
+    set_fast_paths(model, {owner for owner, key, _, _ in planned if key == "activation"})
+    replaced = [
+        Replacement(f"{names[owner]}.{key}".lstrip("."), old, type(new).__name__) for owner, key, old, new in planned
+    ]
+    return model, replaced, [new for _, _, _, new in planned]
+
+
+def _planned(
+    model: nn.Module, fresh: _Factory, kept: set[nn.Module]
+) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """Where an activation is to be put: owner, attribute, the kind of what is there, and the new one."""
+    for owner in model.modules():
+        if isinstance(owner, torch.jit.ScriptModule):
+            continue
+        for key, child in owner._modules.items():
+            if child is not None and child not in kept and operation_of_module(child) in TWINS:
+                yield owner, key, type(child).__name__, _successor(child, key, fresh)
+        # Held by these as a function, and read by a kernel that knows no function modes.
+        if isinstance(owner, TRANSFORMERS) and (operation := function_of(owner)) and owner not in kept:
+            new = fresh.twin(operation, {}).train(owner.training)
+            vars(new)[REPLACED] = owner.activation
+            yield owner, "activation", f"F.{operation}", new
+
+
+def _successor(old: nn.Module, key: str, fresh: _Factory) -> nn.Module:
+    unhook(old)  # from an earlier exchange that kept it
+    operation = operation_of_module(old)
+    operation = "kernel" if key in KERNELS and operation == "relu" else operation
+    new = fresh.twin(operation, options_of(operation, vars(old))).train(old.training)
     vars(new)[REPLACED] = old
-    if isinstance(old, nn.Module):
-        # The same dictionaries and not copies of them, so that the handles of the hooks still remove them.
-        vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
+    # The same dictionaries and not copies of them, so that the handles of the hooks still remove them.
+    vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
     return new
 
 
-def _apply(model: nn.Module, planned: list[tuple[Site, nn.Module]], kept: list[Site]) -> nn.Module:
-    calling = {site.owner: new for site, new in planned if site.where == "method"}
-    # Classes are made before anything is changed: a metaclass of the user's may raise.
-    kinds = {module: derive(derivation) for module, derivation in _derivations(model, planned, kept).items()}
-    for site, new in planned:
-        if not site.key:
-            return new
-        if site.where == "attribute":
-            setattr(site.owner, site.key, new)
-    for module, kind in kinds.items():
-        put_on(module, kind, calling.get(module))
-    _set_fast_paths(model, {site.owner for site, _ in planned if site.key == "activation"})
-    return model
+def _has_code_of_its_own(module: nn.Module) -> bool:
+    """Whether a module is of a class of the user's, whose code may call what is not smooth."""
+    of_torch = (getattr(type(module).forward, "__module__", None) or "").startswith("torch.nn.")
+    return "forward" in vars(module) or not (of_torch or operation_of(type(module)))
 
 
-def _derivations(
-    model: nn.Module, planned: list[tuple[Site, nn.Module]], kept: list[Site]
-) -> dict[nn.Module, Derivation]:
-    """The modules that need a class of their own: with smooth methods, and with those that must not become so.
-
-    What holds for a method holds for all that runs during it. So what is kept, or run again by checkpointing, has to be
-    taken out of it.
-    """
-    smooth = [site for site, _ in planned if site.where == "method"]
-    if not smooth:
-        return {}
-    plain = [*checkpointing(model), *(_plainly(site) for site in kept)]
-    derivations: dict[nn.Module, Derivation] = {}
-    for module in dict.fromkeys([*(site.owner for site in smooth), *(module for module, _ in plain)]):
-        own = [site for site in smooth if site.owner is module]
-        derivations[module] = Derivation(
-            derivation_of(module).base,
-            frozenset(site.key for site in own),
-            frozenset(method for other, method in plain if other is module),
-            any(site.untraced for site in own),
-        )
-    return derivations
+def _calls(model: nn.Module, x: Tensor) -> set[tuple[str, str]]:
+    """The calls of functions with a twin that a run on x meets: of which module, and of which function."""
+    return {(site.name, site.kind) for site in find_nonsmooth(model, x) if site.kind.partition(".")[2] in TWINS}
 
 
-def _plainly(site: Site) -> tuple[nn.Module, str]:
-    """The method that has to stay as it is for a site to stay so."""
-    if site.where == "method":
-        return site.owner, site.key
-    held = getattr(site.owner, site.key) if site.key else site.owner
-    return (held if isinstance(held, nn.Module) else site.owner), "forward"
+def _calls_in_all_modes(model: nn.Module, x: Tensor) -> set[tuple[str, str]]:
+    """The same in the modes that the model is in, and in training and evaluation mode, where it runs in them."""
+    found = _calls(model, x)
+    for training in (True, False):
+        with suppress(Exception):  # BatchNorm of one value, say
+            found |= _calls(copy.deepcopy(model).train(training), x)
+    return found
 
 
-def _set_fast_paths(model: nn.Module, changed: set[nn.Module]) -> None:
+def _normalizes(model: nn.Module) -> bool:
+    """Whether it has layers that do so, of any library, by their names."""
+    names = {type(module).__name__.lower() for module in model.modules()}
+    return any("norm" in name and "spectral" not in name and "weight" not in name for name in names)
+
+
+def _keep_scale(model: nn.Module, twins: list[nn.Module], x: Tensor) -> None:
+    """Sharpen the twins of a network without normalisation where what they are given is small, from first to last."""
+
+    def adapt(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(twin, SmoothActivation)
+        given = args[0] if args else kwargs["input"]
+        scale = max(twin.scale, 1 / (float(given.std()) or 1.0))  # of all calls, the smallest input counts
+        twin.sharpness, twin.scale = twin.sharpness * (scale / twin.scale), scale
+
+    handles = [twin.register_forward_pre_hook(adapt, with_kwargs=True) for twin in twins]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _agreements(model: nn.Module, act: Act, x: Tensor, keep: Collection[str]) -> dict[float, Agreement]:
+    """How well twins of several sharpnesses agree with a model; nothing of one that has no classes."""
+    with suppress(TypeError):
+        return {b: agreement(model, smoothify(model, act, b, keep=keep), [x]) for b in TRIED}
+    return {}
+
+
+def set_fast_paths(model: nn.Module, changed: set[nn.Module]) -> None:
     """Set the flags by which torch runs transformer layers, in eval mode without grad, in a kernel of its own.
 
     The kernel knows ReLU (1) and GELU (2); nested tensors, which an encoder makes of padded batches, need it.
@@ -356,8 +456,3 @@ def _set_fast_paths(model: nn.Module, changed: set[nn.Module]) -> None:
 def _set_flag(module: nn.Module, name: str, flag: int) -> None:
     vars(module).setdefault(FLAGS, {}).setdefault(name, getattr(module, name))
     setattr(module, name, flag)
-
-
-def _replacement(site: Site, new: nn.Module) -> Replacement:
-    smooth = new if site.where == "attribute" else twin(site.operation, lambda: new)
-    return Replacement(site.found.name, site.found.kind, type(smooth).__name__)

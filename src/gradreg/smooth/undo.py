@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from gradreg.smooth.calls import Derived, has_another_class, take_off
+from gradreg.smooth.calls import unhook
 from gradreg.smooth.replace import FLAGS, REPLACED, copied
 from gradreg.smooth.survey import check_module
 
@@ -17,12 +17,11 @@ def unsmoothify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: Change the model and return it, instead of a copy.
 
     Returns:
-        The model as it was before: the same activations, shared where they were shared, and the same classes.
+        The model as it was before: the same activations, shared where they were shared.
 
     Raises:
         TypeError: If the model is not an ``nn.Module``.
-        ValueError: If there is nothing to put back; the model itself is a replaced activation and inplace is set; or
-            a module was given another class since, as parametrisations do. The model is then as it was.
+        ValueError: If the model itself is a replaced activation and inplace is set. The model is then as it was.
 
     Example:
         >>> from gradreg import smoothify
@@ -34,16 +33,8 @@ def unsmoothify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         )
     """
     check_module(model, "unsmoothify")
-    if not any(isinstance(module, Derived) or REPLACED in vars(module) for module in model.modules()):
-        raise ValueError(f"unsmoothify: nothing that smoothify put there was found in {type(model).__name__}.")
     if REPLACED in vars(model) and inplace:
         raise ValueError("unsmoothify: the model is itself an activation and cannot become another: leave inplace out.")
-    for name, module in model.named_modules():
-        if has_another_class(module):
-            raise ValueError(
-                f"unsmoothify: {name or 'the model'} was given another class after smoothify, as parametrisations do: "
-                "remove that first."
-            )
     target = model if inplace else copied(model, "unsmoothify")
     for module in list(target.modules()):
         _put_back(module)
@@ -60,7 +51,7 @@ def _put_back(module: nn.Module) -> None:
                 setattr(module, key, before)
     for name, flag in vars(module).pop(FLAGS, {}).items():
         setattr(module, name, flag)
-    take_off(module)
+    unhook(module)
 
 
 def _before(smooth: nn.Module) -> Any:
