@@ -72,13 +72,26 @@ def write(folder: Path) -> None:
 def in_settings(found: Iterable[dict[str, Any]]) -> dict[Setting, dict[Kind, list[dict[str, Any]]]]:
     """The runs on test images, by setting, entry, and whether they have equal steps or equal compute."""
     settings: dict[Setting, dict[Kind, list[dict[str, Any]]]] = {}
-    for result in sorted(found, key=name_of):
-        if result["split"] == "test":
+    found = sorted(found, key=name_of)
+    weights = chosen_weights(found)
+    for result in found:
+        setting = result["net"], result["eps"], result["entry"]
+        if result["split"] == "test" and result["weight"] == weights.get(setting, result["weight"]):
             groups = settings.setdefault((result["net"], result["eps"]), defaultdict(list))
             for equal_steps in (False, True):
                 if result["steps"] == (EQUAL_STEPS if equal_steps else steps_for_budget(result)):
                     groups[result["entry"], equal_steps].append(result)
     return settings
+
+
+def chosen_weights(found: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], float]:
+    """By net, eps and entry: the weight with the most robust accuracy on validation images, of two the smaller one."""
+    best: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    for result in sorted(found, key=lambda result: result["weight"]):
+        setting = result["net"], result["eps"], result["entry"]
+        if result["split"] == "validation" and result["robust"] > best.get(setting, {"robust": -1})["robust"]:
+            best[setting] = result
+    return {setting: result["weight"] for setting, result in best.items()}
 
 
 def steps_for_budget(result: Mapping[str, Any]) -> int:
