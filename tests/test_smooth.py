@@ -747,7 +747,7 @@ def test_each_module_has_its_twin(old: nn.Module) -> None:
     assert type(smooth[0]).__name__ == alike(old)
     assert not any(module.training for module in smooth[0].modules())
     assert smooth[1].training
-    assert report == SmoothReport((Replacement("0", type(old).__name__, alike(old)),), (), {})
+    assert report == SmoothReport((Replacement("0", type(old).__name__, alike(old)),), ())
     assert kinds(nn.Sequential(old)) == [type(old).__name__]
     x = torch.randn(20, 6)
     assert find_nonsmooth(smooth, x) == ()
