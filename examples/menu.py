@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +146,14 @@ class Study:
             tried = sorted([*tried, further])
 
     def best(self, net: str, eps: str, entry: str) -> float:
-        """The weight with the most robust accuracy on validation images; of two as good, the smaller one."""
-        return self._best_of(sorted(self.weights(net, eps, entry)), net, eps, entry)
+        """The weight that is the best one on validation images."""
+        return self._best_of(self.weights(net, eps, entry), net, eps, entry)
 
-    def _best_of(self, weights: Sequence[float], net: str, eps: str, entry: str) -> float:
-        def robust(weight: float) -> float:
-            found = self.known(Run(net, eps, self.steps[entry], method_of(entry, weight), 0, "validation"))
-            assert found is not None
-            return found["robust"]
-
-        return max(weights, key=robust)
+    def _best_of(self, weights: Iterable[float], net: str, eps: str, entry: str) -> float:
+        runs = (Run(net, eps, self.steps[entry], method_of(entry, weight), 0, "validation") for weight in weights)
+        results = [self.known(run) for run in runs]
+        assert None not in results
+        return menu_report.best_weight(result for result in results if result is not None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,8 @@ from torch import nn
 from gradreg import smoothify, with_normalization
 from gradreg.state import replacing
 
+from evaluate import read_weights
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Replace a file whole or not at all."""
@@ -20,9 +22,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def load_weights(network: nn.Module, path: str) -> None:
     """Weights of a file, all but the classifier's: by their names, or by their order if the names are others."""
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    found = found.get("state_dict", found)
-    expected = network.state_dict()
+    found, expected = read_weights(Path(path)), network.state_dict()
     if not found.keys() & expected.keys():
         if len(found) != len(expected):
             raise SystemExit(f"--weights {path}: {len(found)} tensors, and the model has {len(expected)}.")

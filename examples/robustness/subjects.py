@@ -113,8 +113,9 @@ def trained_on_digits(folder: Path, seed: int) -> dict[str, nn.Module]:
 
 
 def _timm(name: str, file: str | None = None) -> nn.Module:
-    import evaluate
     import timm
+
+    import evaluate
 
     model = timm.create_model(name, pretrained=file is None)
     config = timm.data.resolve_model_data_config(model)
@@ -126,8 +127,9 @@ def _timm(name: str, file: str | None = None) -> nn.Module:
 
 def _folder(folder: Path, models: Mapping[str, str]) -> Dataset:
     """The images of a folder, resized and cropped as the first timm model wants them."""
-    import evaluate
     import timm
+
+    import evaluate
 
     names = [spec.split("+")[0].split(":")[1] for spec in models.values() if spec.startswith("timm:")]
     if not names:

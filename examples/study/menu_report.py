@@ -85,13 +85,17 @@ def in_settings(found: Iterable[dict[str, Any]]) -> dict[Setting, dict[Kind, lis
 
 
 def chosen_weights(found: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], float]:
-    """By net, eps and entry: the weight with the most robust accuracy on validation images, of two the smaller one."""
-    best: dict[tuple[str, str, str], Mapping[str, Any]] = {}
-    for result in sorted(found, key=lambda result: result["weight"]):
-        setting = result["net"], result["eps"], result["entry"]
-        if result["split"] == "validation" and result["robust"] > best.get(setting, {"robust": -1})["robust"]:
-            best[setting] = result
-    return {setting: result["weight"] for setting, result in best.items()}
+    """By net, eps and entry: the weight that is the best one on validation images."""
+    tried: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for result in found:
+        if result["split"] == "validation":
+            tried[result["net"], result["eps"], result["entry"]].append(result)
+    return {setting: best_weight(results) for setting, results in tried.items()}
+
+
+def best_weight(tried: Iterable[Mapping[str, Any]]) -> float:
+    """The weight with the most robust accuracy; of two as good, the smaller one."""
+    return max(tried, key=lambda result: (result["robust"], -result["weight"]))["weight"]
 
 
 def steps_for_budget(result: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from gradreg.findings import Finding
 from gradreg.graphs import new_nodes
 from gradreg.modes import batch_norms
 from gradreg.normalization import normalizes
+from gradreg.smooth import FLAT_NODES
 from gradreg.wrappers import frees_parameters, is_compiled, is_sharded, is_stale, is_static
 
 # For each objective the models that it has met, whether it has penalised them, and whether they normalise their input.
@@ -88,13 +89,6 @@ def _check_parameters(objective: nn.Module, model: nn.Module, units: list[str]) 
             )
 
 
-# Nodes of functions whose second derivative is 0 almost everywhere.
-_FLAT = {
-    "Relu", "Hardtanh", "LeakyRelu", "RreluWithNoise", "PreluKernel", "Hardsigmoid", "Threshold", "Softshrink",
-    "Hardshrink",
-}  # fmt: skip
-
-
 def check_graph(met: Meeting, logits: object, second_order: bool) -> None:
     """Warn if the graph of the logits has an attention kernel, at which total.backward() will raise, or kinks."""
     met.graph_seen = True
@@ -104,7 +98,7 @@ def check_graph(met: Meeting, logits: object, second_order: bool) -> None:
     names = [node.name().split("Backward")[0] for node in new_nodes([graph], ())]
     if fused := [name for name in names if name.startswith("ScaledDotProduct")]:
         checks.warn(findings.FUSED_ATTENTION.at(operation=fused[0]).message)
-    if flat := [name for name in names if name in _FLAT]:
+    if flat := [name for name in names if name in FLAT_NODES]:
         checks.warn(findings.PIECEWISE_LINEAR.at(count=len(flat), example=flat[0]).message)
 
 

@@ -9,10 +9,11 @@ smooth in a model. To be read in this order: ``twins``, ``calls``, ``survey``, `
 from gradreg.smooth.annealing import SharpnessAnnealing, anneal_sharpness
 from gradreg.smooth.replace import Replacement, SmoothReport, smoothify
 from gradreg.smooth.survey import NonSmooth, find_nonsmooth
-from gradreg.smooth.twins import Blend, SmoothActivation
+from gradreg.smooth.twins import FLAT_NODES, Blend, SmoothActivation
 from gradreg.smooth.undo import unsmoothify
 
 __all__ = [
+    "FLAT_NODES",
     "Blend",
     "NonSmooth",
     "Replacement",

@@ -27,6 +27,7 @@ _PARAMETERS: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 # torch.compile hands only the functions of this list to function modes. Others are not to be compiled.
 _HIDDEN = frozenset(FUNCTIONS) - frozenset(get_testing_overrides())
+_OF_GATES = ACTIVATIONS["softplus"]()
 BUFFER = "smooth_calls_sharpness"  # of a module whose sharpness is annealed
 
 
@@ -65,7 +66,7 @@ class SmoothCalls(Calls):
         operation = FUNCTIONS[func]
         names = _PARAMETERS.get(func, ("input", *option_names(operation)))  # functions in C have no signature
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        act = ACTIVATIONS["softplus"]() if operation in GATES else self.act
+        act = _OF_GATES if operation in GATES else self.act
         options, x = options_of(operation, given), given["input"]
 
         def twin(z: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ changed at one site says nothing of another. Calls in code are made smooth by ho
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -204,7 +204,6 @@ def smoothify(
     check_module(model, "smoothify")
     _check_changeable(model)
     fresh = _Factory(act, sharpness, adapts=x is not None and not _normalizes(model))
-    _kept(model, keep)  # which may raise, before anything is changed
     if inplace and operation_of_module(model) in TWINS:
         raise ValueError(
             f"smoothify: {type(model).__name__} is itself an activation and cannot become another: leave inplace out."
@@ -217,12 +216,12 @@ def smoothify(
         _keep_scale(result, twins, x)
     if not return_report:
         return result
+    remaining = find_nonsmooth(result, x)
     if x is None or calls is None:
-        return result, SmoothReport(tuple(replaced), find_nonsmooth(result))
-    smooth = sorted(calls - _calls(result, x))
+        return result, SmoothReport(tuple(replaced), remaining)
+    smooth = sorted(calls - _calls_in(remaining))
     replaced += [Replacement(name, kind, fresh.kind_for(kind)) for name, kind in smooth]
-    compare = partial(_agreements, before, act, x, keep)
-    return result, SmoothReport(tuple(replaced), find_nonsmooth(result, x), compare)
+    return result, SmoothReport(tuple(replaced), remaining, partial(_agreements, before, act, x, keep))
 
 
 def copied(model: nn.Module, caller: str) -> nn.Module:
@@ -393,17 +392,18 @@ def _has_code_of_its_own(module: nn.Module) -> bool:
     return "forward" in vars(module) or not (of_torch or operation_of(type(module)))
 
 
-def _calls(model: nn.Module, x: Tensor) -> set[tuple[str, str]]:
-    """The calls of functions with a twin that a run on x meets: of which module, and of which function."""
-    return {(site.name, site.kind) for site in find_nonsmooth(model, x) if site.kind.partition(".")[2] in TWINS}
+def _calls_in(met: Iterable[NonSmooth]) -> set[tuple[str, str]]:
+    """The calls of functions with a twin among what a run met: of which module, and of which function."""
+    return {(site.name, site.kind) for site in met if site.kind.partition(".")[2] in TWINS}
 
 
 def _calls_in_all_modes(model: nn.Module, x: Tensor) -> set[tuple[str, str]]:
-    """The same in the modes that the model is in, and in training and evaluation mode, where it runs in them."""
-    found = _calls(model, x)
+    """Those of the modes that the model is in, and of training and evaluation mode, where it runs in them."""
+    found = _calls_in(find_nonsmooth(model, x))
     for training in (True, False):
-        with suppress(Exception):  # BatchNorm of one value, say
-            found |= _calls(copy.deepcopy(model).train(training), x)
+        if any(module.training != training for module in model.modules()):
+            with suppress(Exception):  # BatchNorm of one value, say
+                found |= _calls_in(find_nonsmooth(copy.deepcopy(model).train(training), x))
     return found
 
 

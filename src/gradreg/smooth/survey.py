@@ -1,7 +1,6 @@
 """Lists what is not smooth in a model: by the types of its modules, or by the operations that a run of it meets."""
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -104,7 +103,8 @@ def find_nonsmooth(model: nn.Module, x: Tensor | None = None) -> tuple[NonSmooth
     """
     check_module(model, "find_nonsmooth")
     if x is None:
-        return tuple(_found(name, module, described) for name, module, described in _described(model))
+        modules = ((name, module, describe(module)) for name, module in model.named_modules())
+        return tuple(_found(name, module, described) for name, module, described in modules if described is not None)
     return tuple(_met(model, x))
 
 
@@ -134,13 +134,8 @@ def operation_of_module(module: nn.Module) -> str:
 
 def function_of(layer: nn.Module) -> str:
     """The operation that a transformer layer holds as a function; empty if it is none that has a twin."""
-    return FUNCTIONS.get(vars(layer).get("activation"), "")  # type: ignore[arg-type]
-
-
-def _described(model: nn.Module) -> Iterator[tuple[str, nn.Module, Operation]]:
-    for name, module in model.named_modules():
-        if (described := describe(module)) is not None:
-            yield name, module, described
+    activation = vars(layer).get("activation")
+    return "" if activation is None else FUNCTIONS.get(activation, "")
 
 
 def _found(name: str, module: nn.Module, described: Operation) -> NonSmooth:
@@ -186,10 +181,13 @@ class _Watch(TorchDispatchMode):
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 module.register_forward_pre_hook(self._entered(name), prepend=True)
-                module.register_forward_hook(lambda *_: self._running.pop() and None, always_call=True)
+                module.register_forward_hook(self._left, always_call=True)
 
     def _entered(self, name: str) -> Any:
         return lambda module, _: self._running.append((name, module))
+
+    def _left(self, *_: Any) -> None:
+        self._running.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, name = func._schema.name.split("::")

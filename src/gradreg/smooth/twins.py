@@ -251,6 +251,13 @@ ABOVE = {
     **{f"max_pool{d}d_with_indices": f"max_pool{d}d" for d in (2, 3)},
 }
 
+# The autograd nodes of those that are flat, without "Backward0": LeakyRelu of leaky_relu.
+FLAT_NODES = frozenset(
+    "".join(part.capitalize() for part in name.split("_"))
+    for name in {*OPERATIONS, *ABOVE}
+    if OPERATIONS[ABOVE.get(name, name)].flat
+)
+
 _SQUASHED = {name.replace("_", ""): name for name in OPERATIONS}
 _MODULES = {getattr(nn, name): _SQUASHED[name.lower()] for name in dir(nn) if name.lower() in _SQUASHED}
 _TIMM_GATES = {"HardSigmoid": "hardsigmoid", "HardSwish": "hardswish", "HardMish": "hardmish"}
@@ -260,8 +267,10 @@ def operation_of(kind: type) -> str | None:
     """The operation that a class of modules computes; None if it is not in the table, or has a forward of its own."""
     if kind.__module__.startswith("timm.") and (gate := _TIMM_GATES.get(kind.__name__.removesuffix("Me"))):
         return gate
-    bases = (base for base in kind.__mro__ if base in _MODULES and kind.forward is base.forward)  # type: ignore[attr-defined]
-    return next((_MODULES[base] for base in bases), None)
+    if not issubclass(kind, nn.Module):
+        return None
+    modules = (base for base in kind.__mro__ if issubclass(base, nn.Module))
+    return next((_MODULES[base] for base in modules if base in _MODULES and kind.forward is base.forward), None)
 
 
 def _functions(suffix: str) -> Iterator[tuple[Callable[..., Any], str]]:
